@@ -1,0 +1,67 @@
+"""Every error this package raises on purpose.
+
+KronosError
+├── InputError (also a ValueError)       the caller's data or arguments; says column, row and remedy
+├── CheckpointError                      weights that cannot be used
+│   ├── CheckpointNotFoundError          no such folder, repository, revision, or no network to fetch it
+│   ├── UnsafeCheckpointError            a pickle where safetensors belong; never opened
+│   └── CheckpointMismatchError          config, names, shapes or values do not make a Kronos network
+└── ForecastCancelledError               the caller asked for the computing to stop
+"""
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointMismatchError",
+    "CheckpointNotFoundError",
+    "ForecastCancelledError",
+    "InputError",
+    "KronosError",
+    "UnsafeCheckpointError",
+]
+
+
+class KronosError(Exception):
+    """Base of all errors of this package."""
+
+
+class InputError(KronosError, ValueError):
+    """Candles, timestamps or arguments that cannot be forecast.
+
+    code: a stable, short name of the rule that was broken, such as "not_finite" or "unsorted_times".
+    series, column, row: where, as far as known; row counts from 0 in the order given.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str = "invalid_input",
+        series: int | None = None,
+        column: str | None = None,
+        row: int | None = None,
+    ) -> None:
+        super().__init__(message if series is None else f"series {series}: {message}")
+        self.code = code
+        self.series = series
+        self.column = column
+        self.row = row
+
+
+class CheckpointError(KronosError):
+    """Weights that cannot be used."""
+
+
+class CheckpointNotFoundError(CheckpointError):
+    """The checkpoint is not where its source says, or cannot be fetched from there."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A pickled file lies where safetensors belong. It was not opened."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """The files are there, but they do not make a Kronos network."""
+
+
+class ForecastCancelledError(KronosError):
+    """The computing stopped because the caller asked for it; no result was made."""

@@ -1,0 +1,283 @@
+"""KronosPredictor: candles in, sampled futures out. Drop-in for the public class, and forecast() for all its paths."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from model.device import precision_policy, resolve_device
+from model.errors import InputError
+from model.frames import Times, normalise, series_from_frame
+from model.generate import Prompt, decode, generate
+from model.kronos import Kronos
+from model.sampler import check_sampling, global_noise, seeded_noise
+from model.tokenizer import KronosTokenizer
+from model.types import COLUMNS, Paths, Sampling, Series, StepCallback, StopCheck, Window
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """All that was sampled for one series.
+
+    timestamps: the H future times.
+    paths: float64 [S, H, 6] in the order of model.types.COLUMNS, in the history's units.
+    mean: frame [H, 6], the mean over paths. quantiles: one frame [H, 6] per level, column by column and bar by bar.
+    seed: with it and the same history the same paths come out again.
+    """
+
+    timestamps: pd.DatetimeIndex
+    paths: np.ndarray
+    mean: pd.DataFrame
+    quantiles: dict[float, pd.DataFrame]
+    seed: int
+    window: Window
+    device: str
+    device_warning: str | None
+
+
+class KronosPredictor:
+    """Forecasts candles with a model and its tokenizer on one device.
+
+    One predictor may be used from several threads at once: nothing in it changes after construction.
+    """
+
+    def __init__(
+        self,
+        model: Kronos,
+        tokenizer: KronosTokenizer,
+        device: str | torch.device | None = None,
+        max_context: int = 512,
+        clip: float = 5,
+        *,
+        precision: str = "auto",
+    ) -> None:
+        """device: as resolve_device takes it. max_context: bars that the model sees at once.
+
+        clip: bound on normalised values. precision: fp32, bf16, or auto for what model.device says of the device.
+        """
+        if precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"precision must be auto, fp32 or bf16, not {precision!r}")
+        if max_context < 1:
+            raise ValueError(f"max_context must be at least 1, not {max_context}")
+        if not clip > 0:
+            raise ValueError(f"clip must be positive, not {clip}")
+        if (model.s1_bits, model.s2_bits) != (tokenizer.s1_bits, tokenizer.s2_bits):
+            raise ValueError(
+                f"the model has {model.s1_bits} + {model.s2_bits} bits, the tokenizer {tokenizer.s1_bits} + "
+                f"{tokenizer.s2_bits}: they do not belong together"
+            )
+        self.device, self.device_warning = resolve_device(device)
+        self.precision = precision_policy(self.device)[0] if precision == "auto" else precision
+        # Dropout must never reach a forecast, whatever the caller trained just before.
+        self.model = model.to(self.device).eval()
+        self.tokenizer = tokenizer.to(self.device).eval()
+        self.max_context = max_context
+        self.clip = clip
+
+    def predict(
+        self,
+        df: pd.DataFrame,
+        x_timestamp: Times,
+        y_timestamp: Times,
+        pred_len: int,
+        T: float = 1.0,
+        top_k: int | None = 0,
+        top_p: float | None = 0.9,
+        sample_count: int = 1,
+        verbose: bool = True,
+        *,
+        seed: int | None = None,
+    ) -> pd.DataFrame:
+        """The mean path: a float32 frame [pred_len, 6], indexed by y_timestamp; the public arguments and numbers.
+
+        df: columns open, high, low, close, and volume and amount if known; one row a bar, oldest first.
+        T: temperature, 0 is greedy. top_k > 0 switches top_p off. verbose shows a progress bar.
+        Without a seed the noise comes from torch's global generator.
+        Raises InputError (a ValueError) that names the column, the row and the remedy.
+        """
+        return self.predict_batch(
+            [df], [x_timestamp], [y_timestamp], pred_len, T, top_k, top_p, sample_count, verbose, seed=seed
+        )[0]
+
+    def predict_batch(
+        self,
+        df_list: Sequence[pd.DataFrame],
+        x_timestamp_list: Sequence[Times],
+        y_timestamp_list: Sequence[Times],
+        pred_len: int | Sequence[int] | None,
+        T: float = 1.0,
+        top_k: int | None = 0,
+        top_p: float | None = 0.9,
+        sample_count: int = 1,
+        verbose: bool = True,
+        *,
+        seed: int | None = None,
+    ) -> list[pd.DataFrame]:
+        """predict for several series, in their order. Their histories may differ in length.
+
+        pred_len: one horizon for all, one per series, or None for the lengths of y_timestamp_list.
+        With a seed each series is forecast as it would be alone. Without, all of them share torch's global generator.
+        """
+        if not len(df_list) == len(x_timestamp_list) == len(y_timestamp_list):
+            raise InputError(
+                f"{len(df_list)} frames, {len(x_timestamp_list)} x_timestamps, {len(y_timestamp_list)} y_timestamps: "
+                "give one of each per series",
+                code="length_mismatch",
+            )
+        if not len(df_list):
+            return []
+        horizons = [pred_len] * len(df_list) if pred_len is None or isinstance(pred_len, int) else list(pred_len)
+        if len(horizons) != len(df_list):
+            raise InputError(f"pred_len has {len(horizons)} entries for {len(df_list)} series", code="length_mismatch")
+        sampling = _sampling(T, top_k, top_p, sample_count, seed)
+        batch = [
+            _located(i, len(df_list), *arguments)
+            for i, arguments in enumerate(zip(df_list, x_timestamp_list, y_timestamp_list, horizons, strict=True))
+        ]
+        with tqdm(total=max(series.horizon for series in batch), disable=not verbose, unit="bar") as progress:
+            results = self._sample(batch, sampling, on_step=lambda bars: _advance(progress, bars))
+        # The mean is taken before scaling back, as published: the same rounding.
+        return [
+            pd.DataFrame(np.mean(z, axis=0) * scale + mean, columns=list(COLUMNS), index=times)
+            for (z, _, mean, scale), times in zip(results, y_timestamp_list, strict=True)
+        ]
+
+    def forecast(
+        self,
+        df: pd.DataFrame,
+        x_timestamp: Times,
+        y_timestamp: Times,
+        *,
+        T: float = 1.0,
+        top_k: int | None = 0,
+        top_p: float | None = 0.9,
+        sample_count: int = 30,
+        quantiles: Sequence[float] = (0.1, 0.5, 0.9),
+        seed: int | None = None,
+        verbose: bool = False,
+    ) -> Forecast:
+        """Every sampled path with quantiles and mean; the horizon is the length of y_timestamp.
+
+        seed: drawn and returned if it is None. Raises InputError as predict does.
+        """
+        for level in quantiles:
+            if not 0 <= level <= 1:
+                raise InputError(
+                    f"quantile {level} must lie between 0 and 1", code="invalid_quantile", column="quantiles"
+                )
+        seed = secrets.randbits(32) if seed is None else seed
+        sampling = _sampling(T, top_k, top_p, sample_count, seed)
+        series = series_from_frame(df, x_timestamp, y_timestamp)
+        with tqdm(total=series.horizon, disable=not verbose, unit="bar") as progress:
+            result = self.forecast_series(series, sampling, on_step=lambda bars: _advance(progress, bars))
+        index = pd.DatetimeIndex(y_timestamp)
+
+        def frame(values: np.ndarray) -> pd.DataFrame:
+            return pd.DataFrame(values, columns=list(COLUMNS), index=index)
+
+        return Forecast(
+            timestamps=index,
+            paths=result.values,
+            mean=frame(result.values.mean(axis=0)),
+            quantiles={level: frame(np.quantile(result.values, level, axis=0)) for level in quantiles},
+            seed=seed,
+            window=result.window,
+            device=str(self.device),
+            device_warning=self.device_warning,
+        )
+
+    def forecast_series(
+        self,
+        series: Series,
+        sampling: Sampling,
+        *,
+        should_stop: StopCheck | None = None,
+        on_step: StepCallback | None = None,
+    ) -> Paths:
+        """Arrays in, arrays out: what the server calls. Blocks until all paths are there.
+
+        Raises InputError for sampling settings out of range and ForecastCancelledError once should_stop() is true.
+        """
+        check_sampling(sampling)
+        [(z, tokens, mean, scale)] = self._sample([series], sampling, should_stop=should_stop, on_step=on_step)
+        length = series.candles.shape[0]
+        return Paths(
+            values=(z * scale + mean).astype(np.float64),
+            tokens=tokens,
+            window=Window(
+                context_used=min(length, self.max_context),
+                slid=length + series.horizon - 1 > self.max_context,
+            ),
+        )
+
+    def _sample(
+        self,
+        batch: Sequence[Series],
+        sampling: Sampling,
+        *,
+        should_stop: StopCheck | None = None,
+        on_step: StepCallback | None = None,
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """Per series: normalised paths float32 [S, H, 6], tokens int64 [S, H, 2], mean [6], scale [6]."""
+        scaled = [normalise(series.candles, self.clip) for series in batch]
+        prompts = [
+            Prompt(
+                x=torch.from_numpy(np.ascontiguousarray(x)).to(self.device),
+                marks=torch.from_numpy(np.concatenate((series.marks, series.future_marks))).to(self.device),
+            )
+            for (x, _, _), series in zip(scaled, batch, strict=True)
+        ]
+        # Seeded noise counts a request's own paths, so series with a seed are generated one by one.
+        groups = [prompts] if sampling.seed is None else [[prompt] for prompt in prompts]
+        tokens = []
+        for group in groups:
+            noise = global_noise(self.device) if sampling.seed is None else seeded_noise(sampling.seed, self.device)
+            tokens += generate(
+                self.model,
+                self.tokenizer,
+                group,
+                sampling,
+                noise,
+                max_context=self.max_context,
+                precision=self.precision,
+                should_stop=should_stop,
+                on_step=on_step,
+            )
+        results = []
+        for rows, prompt, (_, mean, scale) in zip(tokens, prompts, scaled, strict=True):
+            z = decode(self.tokenizer, rows, prompt.horizon, self.max_context).cpu().numpy()
+            results.append((z, rows[:, -prompt.horizon :].cpu().numpy(), mean, scale))
+        return results
+
+
+def _sampling(T: float, top_k: int | None, top_p: float | None, sample_count: int, seed: int | None) -> Sampling:
+    """The public argument names as Sampling, checked; None switches a filter off."""
+    sampling = Sampling(T, 0 if top_k is None else top_k, 1.0 if top_p is None else top_p, sample_count, seed)
+    check_sampling(sampling)
+    return sampling
+
+
+def _located(
+    index: int, count: int, df: pd.DataFrame, x_timestamp: Times, y_timestamp: Times, pred_len: int | None
+) -> Series:
+    """series_from_frame, whose errors say which series of a batch they are about."""
+    try:
+        return series_from_frame(df, x_timestamp, y_timestamp, pred_len)
+    except InputError as error:
+        if count == 1:
+            raise
+        raise InputError(str(error), code=error.code, series=index, column=error.column, row=error.row) from None
+
+
+def _advance(progress: tqdm, bars: int) -> None:
+    progress.n = bars
+    progress.refresh()

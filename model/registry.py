@@ -1,0 +1,157 @@
+"""From a name to a verified checkpoint: the bundled one, a local folder, or Hub repositories pinned by revision."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model.checkpoint import WEIGHTS_FILE, parameter_count, resolve_folder
+from model.errors import CheckpointMismatchError, CheckpointNotFoundError
+from model.kronos import Kronos
+from model.tokenizer import KronosTokenizer
+
+BUNDLED_FOLDER = Path(__file__).parent / "bundled"
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """Where a model and its tokenizer come from.
+
+    id: the name that it is served under.
+    model: "bundled"; a local folder, which holds the folders model/ and tokenizer/ or a model alone; or org/repo.
+    tokenizer: a local folder or org/repo; None only where model holds both.
+    revision, tokenizer_revision: commit, tag or branch of Hub repositories.
+    max_context: bars that the model sees at once.
+    """
+
+    id: str
+    model: str
+    tokenizer: str | None = None
+    revision: str | None = None
+    tokenizer_revision: str | None = None
+    max_context: int = 512
+
+
+BUNDLED = CheckpointSource(id="kronos-bundled", model="bundled")
+
+_TOKENIZER_BASE = "NeoQuasar/Kronos-Tokenizer-base"
+_TOKENIZER_BASE_REVISION = "0e0117387f39004a9016484a186a908917e22426"
+
+PUBLISHED = {
+    "kronos-mini": CheckpointSource(
+        id="kronos-mini",
+        model="NeoQuasar/Kronos-mini",
+        tokenizer="NeoQuasar/Kronos-Tokenizer-2k",
+        max_context=2048,
+    ),
+    "kronos-small": CheckpointSource(
+        id="kronos-small",
+        model="NeoQuasar/Kronos-small",
+        tokenizer=_TOKENIZER_BASE,
+        revision="901c26c1332695a2a8f243eb2f37243a37bea320",
+        tokenizer_revision=_TOKENIZER_BASE_REVISION,
+    ),
+    "kronos-base": CheckpointSource(
+        id="kronos-base",
+        model="NeoQuasar/Kronos-base",
+        tokenizer=_TOKENIZER_BASE,
+        tokenizer_revision=_TOKENIZER_BASE_REVISION,
+    ),
+}
+"""The public checkpoints by alias. Those without a known good revision follow the repository's main branch."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model and its tokenizer, loaded on the CPU, in evaluation mode, verified.
+
+    sha256: over the bytes of both weight files. revision: of the model's repository, if it came from the Hub.
+    parameters: of the model, without its tokenizer.
+    model_version, tokenizer_version: where the weights came from and which they are, short enough for every answer.
+    """
+
+    source: CheckpointSource
+    model: Kronos
+    tokenizer: KronosTokenizer
+    sha256: str
+    revision: str | None
+    parameters: int
+    model_version: str
+    tokenizer_version: str
+
+
+def load_checkpoint(source: CheckpointSource) -> Checkpoint:
+    """Finds, loads and verifies a checkpoint.
+
+    Raises CheckpointNotFoundError, UnsafeCheckpointError, or CheckpointMismatchError for weights that are not finite or
+    a pair that does not belong together.
+    """
+    model_source, tokenizer_source = _pair(source)
+    model_folder = resolve_folder(model_source, source.revision)
+    tokenizer_folder = resolve_folder(tokenizer_source, source.tokenizer_revision)
+    model = Kronos.from_pretrained(model_folder)
+    tokenizer = KronosTokenizer.from_pretrained(tokenizer_folder)
+    if (model.s1_bits, model.s2_bits) != (tokenizer.s1_bits, tokenizer.s2_bits):
+        raise CheckpointMismatchError(
+            f"{source.id}: the model has {model.s1_bits} + {model.s2_bits} bits, the tokenizer "
+            f"{tokenizer.s1_bits} + {tokenizer.s2_bits}: they do not belong together"
+        )
+    _require_finite(model, model_source)
+    _require_finite(tokenizer, tokenizer_source)
+    model_digest, tokenizer_digest = (_sha256(folder / WEIGHTS_FILE) for folder in (model_folder, tokenizer_folder))
+    return Checkpoint(
+        source=source,
+        model=model,
+        tokenizer=tokenizer,
+        sha256=hashlib.sha256(f"{model_digest}{tokenizer_digest}".encode()).hexdigest(),
+        revision=_hub_revision(model_folder) or source.revision,
+        parameters=parameter_count(model),
+        model_version=_version(model_source, model_folder, source.revision, model_digest),
+        tokenizer_version=_version(tokenizer_source, tokenizer_folder, source.tokenizer_revision, tokenizer_digest),
+    )
+
+
+def _pair(source: CheckpointSource) -> tuple[str, str]:
+    """The model's and the tokenizer's folder or repository."""
+    folder = BUNDLED_FOLDER if source.model == "bundled" else Path(source.model)
+    holds_both = (folder / "model").is_dir() and (folder / "tokenizer").is_dir()
+    model = str(folder / "model") if holds_both else source.model
+    if source.model == "bundled" and not holds_both:
+        raise CheckpointNotFoundError("the bundled checkpoint is not part of this installation")
+    tokenizer = source.tokenizer or (str(folder / "tokenizer") if holds_both else None)
+    if tokenizer is None:
+        raise CheckpointNotFoundError(
+            f"{source.id}: no tokenizer is named, and {source.model} holds no folders model/ and tokenizer/"
+        )
+    return model, tokenizer
+
+
+def _require_finite(network: nn.Module, source: str) -> None:
+    for name, parameter in network.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise CheckpointMismatchError(f"{source}: {name} holds NaN or infinite values")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hub_revision(folder: Path) -> str | None:
+    """The commit, if the folder is a snapshot in the Hub's cache."""
+    return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
+
+
+def _version(source: str, folder: Path, revision: str | None, digest: str) -> str:
+    """repo@commit, or the folder's name, with the first digits of the weights' sha256. Never a whole path."""
+    commit = _hub_revision(folder) or revision
+    if commit:
+        return f"{source}@{commit[:12]}+{digest[:12]}"
+    local = Path(source)
+    name = f"bundled-{local.name}" if local.parent == BUNDLED_FOLDER else local.name
+    return f"{name}+{digest[:12]}"
