@@ -65,13 +65,15 @@ def _parse_times(values: Any, name: str) -> pd.Series:
             column=name,
         )
     try:
-        return pd.Series(pd.to_datetime(values))
+        return pd.Series(pd.to_datetime(values, format="ISO8601"))
     except (ValueError, TypeError) as error:
         if "timezone" in str(error).lower() or "time zone" in str(error).lower() or "tz-" in str(error).lower():
             raise InputError(
                 f"{name} mixes time zones: convert all of them to one", code="mixed_time_zones", column=name
             ) from None
-        raise InputError(f"{name} holds something that is not a time", code="not_a_time", column=name) from None
+        raise InputError(
+            f"{name} holds something that is not an ISO 8601 time", code="not_a_time", column=name
+        ) from None
 
 
 def time_marks(times: Times, name: str = "timestamps") -> np.ndarray:
@@ -80,7 +82,7 @@ def time_marks(times: Times, name: str = "timestamps") -> np.ndarray:
     Raises InputError as time_index does.
     """
     index = time_index(times, name)
-    return np.stack([index.minute, index.hour, index.weekday, index.day, index.month], axis=1).astype(np.int64)
+    return np.stack([index.minute, index.hour, index.day_of_week, index.day, index.month], axis=1).astype(np.int64)
 
 
 def candle_array(df: pd.DataFrame) -> np.ndarray:

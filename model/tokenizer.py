@@ -72,7 +72,7 @@ class KronosTokenizer(PretrainedMixin, nn.Module):
         return (from_s1, from_both), self.tokenizer.bsq.loss(unit, quantized), quantized, bits_to_index(quantized)
 
     def encode(self, x: Tensor, half: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Normalised candles [B, T, d_in] → one index of all bits, or with half=True the pair (s1, s2); int64 [B, T]."""
+        """Normalised candles [B, T, d_in] → one index of all bits, or the pair (s1, s2) if half; int64 [B, T]."""
         _, quantized = self._quantize(x)
         return self.tokenizer.tokens(quantized) if half else bits_to_index(quantized)
 

@@ -1,0 +1,62 @@
+"""Options and the few fixtures that every kind of test shares."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from model import Kronos, KronosPredictor, KronosTokenizer
+from model.types import COLUMNS
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--reference", help="checkout of the public implementation to compare with")
+
+
+@pytest.fixture(scope="session")
+def reference(request):
+    path = request.config.getoption("--reference")
+    if path is None:
+        pytest.skip("needs --reference CHECKOUT of the public implementation")
+    return Path(path).resolve()
+
+
+def shared_path(relative):
+    """A file of the workplace's shared folder; the test is skipped where it is absent, as on a user's machine."""
+    path = SHARED / relative
+    if not path.exists():
+        pytest.skip(f"shared/{relative} is not on this machine")
+    return path
+
+
+@pytest.fixture(scope="session")
+def candles_csv():
+    return shared_path("data/candles_5min.csv")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of known answers; see its README."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def bars(golden):
+    """1,700 real five-minute candles: the six columns and `timestamps`."""
+    stored = np.load(golden / "candles.npz")
+    frame = pd.DataFrame(stored["candles"], columns=list(COLUMNS))
+    return frame.assign(timestamps=pd.to_datetime(stored["timestamps"], unit="s"))
+
+
+@pytest.fixture(scope="session")
+def tiny(golden):
+    """The golden pair of networks: (model, tokenizer), random weights, 6 + 6 bits."""
+    return Kronos.from_pretrained(golden / "model"), KronosTokenizer.from_pretrained(golden / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def predictor(tiny):
+    return KronosPredictor(*tiny, device="cpu")
