@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.checkpoint import PretrainedMixin
-from model.layers import Attention, RMSNorm, TransformerBlock, run_blocks
+from model.layers import Attend, Attention, RMSNorm, TransformerBlock, run_blocks
 
 CROSS_ATTENTION_HEADS = 4
 """Of every published size, whatever n_heads is."""
@@ -82,14 +82,16 @@ class DependencyLayer(nn.Module):
         tables = None
         if rotated:
             tables = self.cross_attn.rotary.tables(torch.arange(context.shape[1], device=context.device))
-        return self.norm(context + self.cross_attn(s1_embedded, context, tables, causal=True))
+        return self.norm(context + self.cross_attn(s1_embedded, context, tables))
 
-    def last(self, context: Tensor, s1_embedded: Tensor) -> Tensor:
+    def last(self, context: Tensor, s1_embedded: Tensor, attend: Attend | None = None) -> Tensor:
         """The newest position only: context [B, T, D], s1_embedded [B, 1, D] → [B, 1, D].
 
+        With attend, context may be the newest position alone: attend knows the earlier ones.
         Not rotated: the published weights are run with every key at position 0 (docs/parity.md, "cross-attention").
         """
-        return self.norm(context[:, -1:] + self.cross_attn(s1_embedded, context, None, causal=False))
+        mixed = self.cross_attn(s1_embedded, context, None, causal=False, attend=attend)
+        return self.norm(context[:, -1:] + mixed)
 
 
 class DualHead(nn.Module):
@@ -180,7 +182,7 @@ class Kronos(PretrainedMixin, nn.Module):
         """context [B, T, D] → logits [B, 2^s1_bits] of the bar after the last one."""
         return self.head.proj_s1(context[:, -1])
 
-    def next_s2_logits(self, context: Tensor, s1: Tensor) -> Tensor:
+    def next_s2_logits(self, context: Tensor, s1: Tensor, attend: Attend | None = None) -> Tensor:
         """context [B, T, D] and the chosen s1 [B] → logits [B, 2^s2_bits] of the same bar."""
-        conditioned = self.dep_layer.last(context, self.embedding.emb_s1(s1.unsqueeze(1)))
+        conditioned = self.dep_layer.last(context, self.embedding.emb_s1(s1.unsqueeze(1)), attend)
         return self.head.proj_s2(conditioned[:, -1])

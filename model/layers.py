@@ -6,6 +6,7 @@ of the published checkpoints; renaming one breaks loading.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 RotaryTables = tuple[Tensor, Tensor]
 """(cos, sin), each [T, d], fp32."""
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q, k, v), each [B, H, T, d] → [B, H, T, d]: how a block's attention is computed. The engine puts its cache in here."""
 
 
 class RMSNorm(nn.Module):
@@ -91,18 +95,30 @@ class Attention(nn.Module):
         """[B, T, D] → [B, H, T, d]."""
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
-    def forward(self, query: Tensor, memory: Tensor, rotary: RotaryTables | None, *, causal: bool) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        memory: Tensor,
+        rotary: RotaryTables | None,
+        *,
+        causal: bool = True,
+        attend: Attend | None = None,
+    ) -> Tensor:
         """query [B, Tq, D] attends to memory [B, T, D]; Tq is T when causal or rotated.
 
-        rotary None leaves query and keys as they are: position 0 for all of them.
+        rotary None leaves query and keys as they are: position 0 for all of them. attend replaces the plain attention
+        over memory, causal or not.
         """
         q = self.split_heads(self.q_proj(query))
         k = self.split_heads(self.k_proj(memory))
         v = self.split_heads(self.v_proj(memory))
         if rotary is not None:
             q, k = rotate(q, rotary).type_as(v), rotate(k, rotary).type_as(v)
-        dropout_p = self.attn_dropout_p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal)
+        if attend is not None:
+            mixed = attend(q, k, v)
+        else:
+            dropout_p = self.attn_dropout_p if self.training else 0.0
+            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal)
         return self.resid_dropout(self.out_proj(mixed.transpose(1, 2).flatten(2)))
 
 
@@ -124,10 +140,10 @@ class TransformerBlock(nn.Module):
         self.norm2 = RMSNorm(d_model)
         self.ffn = FeedForward(d_model, ff_dim, ffn_dropout_p)
 
-    def forward(self, x: Tensor, rotary: RotaryTables) -> Tensor:
-        """x [B, T, D] → [B, T, D]; position t sees positions up to t."""
+    def forward(self, x: Tensor, rotary: RotaryTables, attend: Attend | None = None) -> Tensor:
+        """x [B, T, D] → [B, T, D]; position t sees positions up to t, and what attend adds to them."""
         normed = self.norm1(x)
-        x = x + self.self_attn(normed, normed, rotary, causal=True)
+        x = x + self.self_attn(normed, normed, rotary, attend=attend)
         return x + self.ffn(self.norm2(x))
 
 
