@@ -17,7 +17,7 @@ RotaryTables = tuple[Tensor, Tensor]
 """(cos, sin), each [T, d], fp32."""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q, k, v), each [B, H, T, d] → [B, H, T, d]: how a block's attention is computed. The engine puts its cache in here."""
+"""(q, k, v), each [B, H, T, d] → [B, H, T, d]: how a block attends. The engine puts its cache in here."""
 
 
 class RMSNorm(nn.Module):
