@@ -6,12 +6,12 @@ from pathlib import Path
 # The tests' networks are tiny, and Ray's workers share the machine: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
-import pytest  # noqa: E402
+import numpy as np
+import pandas as pd
+import pytest
 
-from model import Kronos, KronosPredictor, KronosTokenizer  # noqa: E402
-from model.types import COLUMNS  # noqa: E402
+from model import Kronos, KronosPredictor, KronosTokenizer
+from model.types import COLUMNS
 
 SHARED = Path(__file__).parents[2] / "shared"
 
