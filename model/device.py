@@ -97,7 +97,7 @@ class DeviceInfo:
 
     device_type: str
     device_name: str
-    memory_total_bytes: int | None
+    memory_total_bytes: int
     gpu_available: bool
     cuda_available: bool
     mps_available: bool
@@ -106,19 +106,18 @@ class DeviceInfo:
 
     def summary(self) -> str:
         """One line for a log."""
-        memory = f", {self.memory_total_bytes / 2**30:.1f} GiB" if self.memory_total_bytes else ""
-        return f"{self.device_type} ({self.device_name}{memory}), {self.precision}: {self.precision_reason}"
+        memory = f"{self.memory_total_bytes / 2**30:.1f} GiB"
+        return f"{self.device_type} ({self.device_name}, {memory}), {self.precision}: {self.precision_reason}"
 
 
 def device_info(device: torch.device) -> DeviceInfo:
     """Facts about a device that resolve_device returned."""
     has_cuda, has_mps = cuda_available(), mps_available()
     precision, reason = precision_policy(device)
-    name, memory = _name_and_memory(device)
     return DeviceInfo(
         device_type=device.type,
-        device_name=name,
-        memory_total_bytes=memory,
+        device_name=_device_name(device),
+        memory_total_bytes=memory_bytes(device),
         gpu_available=has_cuda or has_mps,
         cuda_available=has_cuda,
         mps_available=has_mps,
@@ -127,13 +126,21 @@ def device_info(device: torch.device) -> DeviceInfo:
     )
 
 
-def _name_and_memory(device: torch.device) -> tuple[str, int | None]:
+def memory_bytes(device: torch.device) -> int:
+    """The device's memory in all."""
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return properties.name, properties.total_memory
+        return torch.cuda.get_device_properties(device).total_memory
     if device.type == "mps":
-        return f"Apple {platform.machine()} GPU", torch.mps.recommended_max_memory()
-    return _cpu_name(), psutil.virtual_memory().total
+        return torch.mps.recommended_max_memory()
+    return psutil.virtual_memory().total
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).name
+    if device.type == "mps":
+        return f"Apple {platform.machine()} GPU"
+    return _cpu_name()
 
 
 @cache

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
-from model.device import precision_policy, resolve_device
+from model.device import memory_bytes, precision_policy, resolve_device
+from model.engine.engine import Engine
+from model.engine.packing import PRECISIONS
+from model.engine.types import BarsCallback, EngineConfig, Request, WindowPolicy
 from model.errors import InputError
-from model.frames import Times, normalise, series_from_frame
-from model.generate import Prompt, decode, generate
+from model.frames import Times, series_from_frame
 from model.kronos import Kronos
-from model.sampler import check_sampling, global_noise, seeded_noise
+from model.sampler import check_sampling
 from model.tokenizer import KronosTokenizer
 from model.types import COLUMNS, Paths, Sampling, Series, StepCallback, StopCheck, Window
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,17 @@ class KronosPredictor:
         clip: float = 5,
         *,
         precision: str = "auto",
+        cache_bytes: int | None = None,
+        max_rows: int = 1024,
     ) -> None:
         """device: as resolve_device takes it. max_context: bars that the model sees at once.
 
-        clip: bound on normalised values. precision: fp32, bf16, or auto for what model.device says of the device.
+        clip: bound on normalised values. precision: fp32, bf16, int8, or auto for what model.device says of the device.
+        cache_bytes: memory for keys and values, allocated once; None takes a quarter of the device's memory, of which
+        the CPU commits only what is used. max_rows: paths that step together; more wait.
         """
-        if precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"precision must be auto, fp32 or bf16, not {precision!r}")
+        if precision != "auto" and precision not in PRECISIONS:
+            raise ValueError(f"precision must be auto, {', '.join(PRECISIONS)}, not {precision!r}")
         if max_context < 1:
             raise ValueError(f"max_context must be at least 1, not {max_context}")
         if not clip > 0:
@@ -82,6 +87,29 @@ class KronosPredictor:
         self.tokenizer = tokenizer.to(self.device).eval()
         self.max_context = max_context
         self.clip = clip
+        self._config = EngineConfig(
+            max_context=max_context,
+            clip=clip,
+            precision=self.precision,
+            cache_bytes=cache_bytes or memory_bytes(self.device) // 4,
+            max_rows=max_rows,
+        )
+        self._engine: Engine | None = None
+        self._engine_weights: tuple[tuple[int, int], ...] = ()
+        self._engine_lock = threading.Lock()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine over the networks' present weights; made on first use, and anew after the weights have changed."""
+        parameters = [*self.model.parameters(), *self.tokenizer.parameters()]
+        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters)
+        with self._engine_lock:
+            if self._engine is None or self._engine_weights != weights:
+                self.model.eval()
+                self.tokenizer.eval()
+                self._engine = Engine(self.model, self.tokenizer, self._config, self.device)
+                self._engine_weights = weights
+            return self._engine
 
     def predict(
         self,
@@ -96,16 +124,28 @@ class KronosPredictor:
         verbose: bool = True,
         *,
         seed: int | None = None,
+        window: str = "exact",
     ) -> pd.DataFrame:
         """The mean path: a float32 frame [pred_len, 6], indexed by y_timestamp; the public arguments and numbers.
 
         df: columns open, high, low, close, and volume and amount if known; one row a bar, oldest first.
         T: temperature, 0 is greedy. top_k > 0 switches top_p off. verbose shows a progress bar.
         Without a seed the noise comes from torch's global generator.
+        window: exact | hop:K | fit, what happens past max_context (model.engine.types.WindowPolicy).
         Raises InputError (a ValueError) that names the column, the row and the remedy.
         """
         return self.predict_batch(
-            [df], [x_timestamp], [y_timestamp], pred_len, T, top_k, top_p, sample_count, verbose, seed=seed
+            [df],
+            [x_timestamp],
+            [y_timestamp],
+            pred_len,
+            T,
+            top_k,
+            top_p,
+            sample_count,
+            verbose,
+            seed=seed,
+            window=window,
         )[0]
 
     def predict_batch(
@@ -121,6 +161,7 @@ class KronosPredictor:
         verbose: bool = True,
         *,
         seed: int | None = None,
+        window: str = "exact",
     ) -> list[pd.DataFrame]:
         """predict for several series, in their order. Their histories may differ in length.
 
@@ -144,11 +185,15 @@ class KronosPredictor:
             for i, arguments in enumerate(zip(df_list, x_timestamp_list, y_timestamp_list, horizons, strict=True))
         ]
         with tqdm(total=max(series.horizon for series in batch), disable=not verbose, unit="bar") as progress:
-            results = self._sample(batch, sampling, on_step=lambda bars: _advance(progress, bars))
+            requests = self._generate(batch, sampling, window, on_step=lambda bars: _advance(progress, bars))
         # The mean is taken before scaling back, as published: the same rounding.
         return [
-            pd.DataFrame(np.mean(z, axis=0) * scale + mean, columns=list(COLUMNS), index=times)
-            for (z, _, mean, scale), times in zip(results, y_timestamp_list, strict=True)
+            pd.DataFrame(
+                _candles(request, np.mean(cast(np.ndarray, request.normalised), axis=0)),
+                columns=list(COLUMNS),
+                index=times,
+            )
+            for request, times in zip(requests, y_timestamp_list, strict=True)
         ]
 
     def forecast(
@@ -163,6 +208,7 @@ class KronosPredictor:
         sample_count: int = 30,
         quantiles: Sequence[float] = (0.1, 0.5, 0.9),
         seed: int | None = None,
+        window: str = "exact",
         verbose: bool = False,
     ) -> Forecast:
         """Every sampled path with quantiles and mean; the horizon is the length of y_timestamp.
@@ -178,7 +224,9 @@ class KronosPredictor:
         sampling = _sampling(T, top_k, top_p, sample_count, seed)
         series = series_from_frame(df, x_timestamp, y_timestamp)
         with tqdm(total=series.horizon, disable=not verbose, unit="bar") as progress:
-            result = self.forecast_series(series, sampling, on_step=lambda bars: _advance(progress, bars))
+            result = self.forecast_series(
+                series, sampling, window=window, on_step=lambda bars: _advance(progress, bars)
+            )
         index = pd.DatetimeIndex(y_timestamp)
 
         def frame(values: np.ndarray) -> pd.DataFrame:
@@ -200,63 +248,74 @@ class KronosPredictor:
         series: Series,
         sampling: Sampling,
         *,
+        window: str = "exact",
         should_stop: StopCheck | None = None,
         on_step: StepCallback | None = None,
+        on_bars: BarsCallback | None = None,
     ) -> Paths:
         """Arrays in, arrays out: what the server calls. Blocks until all paths are there.
 
-        Raises InputError for sampling settings out of range and ForecastCancelledError once should_stop() is true.
+        Calls from several threads share the engine's steps. on_bars receives bars as soon as they are final.
+        Raises InputError for settings out of range, ForecastCancelledError once should_stop() is true, QueueFullError
+        and RequestTooLargeError (model.engine.scheduler).
         """
         check_sampling(sampling)
-        [(z, tokens, mean, scale)] = self._sample([series], sampling, should_stop=should_stop, on_step=on_step)
-        length = series.candles.shape[0]
+        [request] = self._generate(
+            [series], sampling, window, should_stop=should_stop, on_step=on_step, on_bars=on_bars
+        )
         return Paths(
-            values=(z * scale + mean).astype(np.float64),
-            tokens=tokens,
+            values=_candles(request, request.normalised).astype(np.float64),
+            tokens=cast(np.ndarray, request.tokens),
             window=Window(
-                context_used=min(length, self.max_context),
-                slid=length + series.horizon - 1 > self.max_context,
+                context_used=request.context_used(self.max_context),
+                slid=request.context_used(self.max_context) + series.horizon - 1 > self.max_context,
+                policy=window,
             ),
         )
 
-    def _sample(
+    def _generate(
         self,
         batch: Sequence[Series],
         sampling: Sampling,
+        window: str,
         *,
         should_stop: StopCheck | None = None,
         on_step: StepCallback | None = None,
-    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Per series: normalised paths float32 [S, H, 6], tokens int64 [S, H, 2], mean [6], scale [6]."""
-        scaled = [normalise(series.candles, self.clip) for series in batch]
-        prompts = [
-            Prompt(
-                x=torch.from_numpy(np.ascontiguousarray(x)).to(self.device),
-                marks=torch.from_numpy(np.concatenate((series.marks, series.future_marks))).to(self.device),
-            )
-            for (x, _, _), series in zip(scaled, batch, strict=True)
+        on_bars: BarsCallback | None = None,
+    ) -> list[Request]:
+        """Runs one request per series to its end; raises the first error of any."""
+        policy = _window_policy(window, self.max_context, max(series.horizon for series in batch))
+        group = object()
+        requests = [
+            Request(series, sampling, policy, group, should_stop=should_stop, on_step=on_step, on_bars=on_bars)
+            for series in batch
         ]
-        # Seeded noise counts a request's own paths, so series with a seed are generated one by one.
-        groups = [prompts] if sampling.seed is None else [[prompt] for prompt in prompts]
-        tokens = []
-        for group in groups:
-            noise = global_noise(self.device) if sampling.seed is None else seeded_noise(sampling.seed, self.device)
-            tokens += generate(
-                self.model,
-                self.tokenizer,
-                group,
-                sampling,
-                noise,
-                max_context=self.max_context,
-                precision=self.precision,
-                should_stop=should_stop,
-                on_step=on_step,
-            )
-        results = []
-        for rows, prompt, (_, mean, scale) in zip(tokens, prompts, scaled, strict=True):
-            z = decode(self.tokenizer, rows, prompt.horizon, self.max_context).cpu().numpy()
-            results.append((z, rows[:, -prompt.horizon :].cpu().numpy(), mean, scale))
-        return results
+        self.engine.run(requests)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
+        return requests
+
+
+def _candles(request: Request, normalised: np.ndarray | None) -> np.ndarray:
+    """Normalised values [..., 6] of a finished request, scaled back to its history's units."""
+    return cast(np.ndarray, normalised) * cast(np.ndarray, request.scale) + cast(np.ndarray, request.mean)
+
+
+def _window_policy(text: str, max_context: int, horizon: int) -> WindowPolicy:
+    """WindowPolicy.parse, and whether it can be kept."""
+    try:
+        policy = WindowPolicy.parse(text)
+    except ValueError as error:
+        raise InputError(str(error), code="invalid_window", column="window") from None
+    if policy.hop > max_context:
+        raise InputError(f"window={text} drops more than the {max_context} bars there are", code="invalid_window")
+    if policy.name == "fit" and horizon > max_context:
+        raise InputError(
+            f"window=fit needs a horizon of at most {max_context} bars, not {horizon}: use exact or hop:16",
+            code="invalid_window",
+        )
+    return policy
 
 
 def _sampling(T: float, top_k: int | None, top_p: float | None, sample_count: int, seed: int | None) -> Sampling:
@@ -279,5 +338,6 @@ def _located(
 
 
 def _advance(progress: tqdm, bars: int) -> None:
-    progress.n = bars
-    progress.refresh()
+    """Several series of a batch report to one bar; the furthest counts."""
+    if bars > progress.n:
+        progress.update(bars - progress.n)

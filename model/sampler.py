@@ -89,23 +89,35 @@ def seeded_noise(seed: int, device: torch.device) -> Noise:
     where = torch.device("cpu") if device.type == "mps" else device
 
     def draw(rows: int, vocabulary: int, step: int, head: int) -> Tensor:
-        blocks = torch.arange((vocabulary + 3) // 4, device=where).expand(rows, -1)
-        paths = torch.arange(rows, device=where).unsqueeze(1).expand_as(blocks)
-        counter = (blocks, paths, torch.full_like(blocks, 2 * step + head), torch.zeros_like(blocks))
-        bits = torch.stack(philox(counter, seed), dim=-1).flatten(1)[:, :vocabulary]
-        uniform = (bits.double() + 0.5) * 2.0**-32
-        return -torch.log(uniform).float()
+        paths = torch.arange(rows, device=where)
+        key = torch.tensor([split_seed(seed)], device=where).expand(rows, 2)
+        return philox_noise(key, paths, torch.full_like(paths, step), head, vocabulary)
 
     return draw
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def split_seed(seed: int) -> tuple[int, int]:
+    """The 64-bit key as two 32-bit words, the lower one first."""
+    return seed & _LOW_32, seed >> 32
+
+
+def philox_noise(key: Tensor, path: Tensor, step: Tensor, head: int, vocabulary: int) -> Tensor:
+    """Exp(1) noise float32 [R, V] of rows with keys int64 [R, 2], paths and steps int64 [R]."""
+    block = torch.arange((vocabulary + 3) // 4, device=key.device)
+    position = (2 * step + head).unsqueeze(1)
+    words = philox((block, path.unsqueeze(1), position, torch.zeros_like(position)), (key[:, :1], key[:, 1:]))
+    bits = torch.stack(words, dim=-1).flatten(1)[:, :vocabulary]
+    uniform = (bits.double() + 0.5) * 2.0**-32
+    return -torch.log(uniform).float()
+
+
+def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
 
-    counter: four int64 tensors of one shape that hold 32-bit words; seed: the 64-bit key. Returns four such tensors.
+    counter: four int64 tensors of 32-bit words, key: two; their shapes broadcast. Returns four such tensors.
     """
     c0, c1, c2, c3 = counter
-    k0, k1 = seed & _LOW_32, seed >> 32
+    k0, k1 = key
     for _ in range(10):
         # The product of two 32-bit words needs 64 bits unsigned. In int64 it wraps to the same bits; the masks undo the
         # sign that the shift drags in.

@@ -98,7 +98,7 @@ def test_horizon_longer_than_the_context(tiny, bars):
 
 def test_window_says_whether_it_slid(tiny, bars):
     predictor = KronosPredictor(*tiny, device="cpu", max_context=32)
-    for length, horizon, slid in [(10, 5, False), (30, 3, False), (30, 4, True), (40, 1, True)]:
+    for length, horizon, slid in [(10, 5, False), (30, 3, False), (30, 4, True), (40, 1, False), (40, 2, True)]:
         series = series_from_frame(*window(bars, 0, length, horizon))
         result = predictor.forecast_series(series, Sampling(seed=0))
         assert (result.window.slid, result.window.context_used) == (slid, min(length, 32))

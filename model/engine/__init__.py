@@ -1,0 +1,9 @@
+"""The generation engine: KV-cached, prefix-sharing, continuously batching.
+
+types       what a request is, and the engine's frozen configuration            no torch
+kv_cache    where a request's keys and values lie in the preallocated arena      no torch
+scheduler   which requests are admitted, prefilled and stepped next              no torch
+runner      the tensors: prefill, one step for many rows, sliding, decoding
+sampler     tokens for rows of different settings
+engine      schedule → run → update, and the errors of single requests
+"""

@@ -1,0 +1,110 @@
+"""Cached attention of one request: keys and values of its history once, of each path's own bars beside them.
+
+S paths, H heads, d head width, P bars of history in the window, L bars that each path has generated in it, g new bars.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class SequenceCache:
+    """Keys and values of one stack of layers for one request, in a range of the arena.
+
+    The history's part is shared by all paths and never copied; every path appends to a part of its own.
+    """
+
+    def __init__(self, memory: Tensor, layers: int, width: int, history: int, paths: int, own: int) -> None:
+        """memory: a 1-D view of size() elements. history, own: bars that either part can hold."""
+        split = layers * 2 * history * width
+        self._history = memory[:split].view(layers, 2, history * width)
+        self._own = memory[split:].view(layers, 2, paths * own * width)
+        self._width, self._history_capacity, self._own_capacity, self._paths = width, history, own, paths
+        self.history_length = 0
+        self.own_length = 0
+
+    @staticmethod
+    def size(layers: int, width: int, history: int, paths: int, own: int) -> int:
+        """Elements of the arena that such a cache takes."""
+        return layers * 2 * width * (history + paths * own)
+
+    def clear(self) -> None:
+        """Forgets all bars: the window has moved."""
+        self.history_length = self.own_length = 0
+
+    def _history_views(self, layer: int, heads: int) -> tuple[Tensor, Tensor]:
+        shape = (heads, self._history_capacity, self._width // heads)
+        return self._history[layer, 0].view(shape), self._history[layer, 1].view(shape)
+
+    def _own_views(self, layer: int, heads: int) -> tuple[Tensor, Tensor]:
+        shape = (self._paths, heads, self._own_capacity, self._width // heads)
+        return self._own[layer, 0].view(shape), self._own[layer, 1].view(shape)
+
+    def write_history(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """k, v [1, H, g, d] of the bars after history_length, which the caller advances once all layers are written."""
+        keys, values = self._history_views(layer, k.shape[1])
+        bars = slice(self.history_length, self.history_length + k.shape[2])
+        keys[:, bars] = k[0]
+        values[:, bars] = v[0]
+
+    def attend_history(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Appends k, v [1, H, g, d] to the history and lets q attend to all of it, causally; [1, H, g, d]."""
+        self.write_history(layer, k, v)
+        done, new = self.history_length, q.shape[2]
+        if done == 0:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        keys, values = self._history_views(layer, q.shape[1])
+        seen = torch.ones(new, done + new, dtype=torch.bool, device=q.device).tril(done)
+        return F.scaled_dot_product_attention(
+            q, keys[None, :, : done + new].to(q.dtype), values[None, :, : done + new].to(q.dtype), attn_mask=seen
+        )
+
+    def attend_own(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Appends k, v [S, H, g, d] to the paths' own bars; q attends to the history and, causally, to those."""
+        self.write_own(layer, k, v)
+        return self._attend(layer, q, self.own_length + k.shape[2])
+
+    def write_own(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """k, v [S, H, g, d] of the bars after own_length, which the caller advances once all layers are written."""
+        keys, values = self._own_views(layer, k.shape[1])
+        bars = slice(self.own_length, self.own_length + k.shape[2])
+        keys[:, :, bars] = k
+        values[:, :, bars] = v
+
+    def attend_seen(self, layer: int, q: Tensor) -> Tensor:
+        """q [S, H, 1, d] attends to what is cached; nothing is appended."""
+        return self._attend(layer, q, self.own_length)
+
+    def _attend(self, layer: int, q: Tensor, own: int) -> Tensor:
+        """One softmax over the history and the first `own` bars of each path. q [S, H, g, d] → [S, H, g, d]."""
+        paths, heads, new, width = q.shape
+        bars = self.history_length
+        own_keys, own_values = (part[:, :, :own] for part in self._own_views(layer, heads))
+        q = q * (1 / math.sqrt(width))
+        dtype = own_keys.dtype
+        scores = []
+        if bars:
+            keys, values = self._history_views(layer, heads)
+            # All paths ask the same keys: one matrix product per head serves them together.
+            by_head = q.transpose(0, 1).reshape(heads, paths * new, width)
+            scores.append((by_head.to(dtype) @ keys[:, :bars].transpose(1, 2)).float())
+        if own:
+            own_scores = (q.to(dtype) @ own_keys.transpose(2, 3)).float()
+            if new > 1:
+                seen = torch.ones(new, own, dtype=torch.bool, device=q.device).tril(own - new)
+                own_scores = own_scores.masked_fill(~seen, -torch.inf)
+            scores.append(own_scores.transpose(0, 1).reshape(heads, paths * new, own))
+        weights = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)).softmax(-1).to(dtype)
+        mixed = torch.zeros((), device=q.device)
+        if bars:
+            mixed = mixed + (weights[..., :bars] @ values[:, :bars]).float().view(heads, paths, new, width).transpose(
+                0, 1
+            )
+        if own:
+            by_path = weights[..., bars:].reshape(heads, paths, new, own).transpose(0, 1)
+            mixed = mixed + (by_path @ own_values).float()
+        return mixed

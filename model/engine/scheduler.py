@@ -1,0 +1,141 @@
+"""Policy: who is admitted, who is prefilled, who steps. Knows requests and sizes, no tensors.
+
+One plan a step: at most one chunk of one prefill, and one step for every running request. Running requests therefore
+never wait for more than a chunk, whatever else arrives.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from model.engine.kv_cache import Arena, Block
+from model.engine.types import EngineConfig, Request, State
+from model.errors import KronosError
+
+BYPASS_LIMIT = 32
+"""How often a request that does not fit yet may be overtaken by smaller ones before it blocks the queue."""
+
+
+class QueueFullError(KronosError):
+    """More work waits already than the queue may hold; try again later."""
+
+
+class RequestTooLargeError(KronosError):
+    """The request would not fit into an empty engine."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one engine step computes: prefill is (request, bars), decode the requests that advance by one bar."""
+
+    prefill: tuple[Request, int] | None
+    decode: list[Request]
+
+
+class Scheduler:
+    """Queue, admission by cache and rows, and the plan of each step."""
+
+    def __init__(self, config: EngineConfig, arena: Arena, cache_size: Callable[[Request], int]) -> None:
+        """cache_size: elements of the arena that a request needs from admission to its end."""
+        self._config = config
+        self._arena = arena
+        self._cache_size = cache_size
+        self._queue: deque[Request] = deque()
+        self._overtaken: dict[Request, int] = {}
+        self._blocks: dict[Request, Block] = {}
+        self._prefilling: dict[Request, int] = {}
+        self._running: list[Request] = []
+        self._submitted = 0
+        self._order: dict[Request, int] = {}
+
+    @property
+    def queued(self) -> list[Request]:
+        return list(self._queue)
+
+    @property
+    def admitted(self) -> list[Request]:
+        return [*self._prefilling, *self._running]
+
+    @property
+    def queued_work(self) -> int:
+        return sum(request.work for request in self._queue)
+
+    @property
+    def running_rows(self) -> int:
+        return sum(request.rows for request in self.admitted)
+
+    def submit(self, request: Request) -> None:
+        """Appends to the queue. Raises RequestTooLargeError or QueueFullError; the request is then not in the queue."""
+        size = self._cache_size(request)
+        if size > self._arena.capacity:
+            raise RequestTooLargeError(
+                f"{request.rows} paths over {request.history} + {request.horizon} bars need {size} cache elements, "
+                f"the engine has {self._arena.capacity}: ask for fewer paths or raise the cache budget"
+            )
+        if self._queue and self.queued_work + request.work > self._config.max_queued_work:
+            raise QueueFullError(f"{self.queued_work} rows × steps are waiting already")
+        self._queue.append(request)
+        self._submitted += 1
+        self._order[request] = self._submitted
+
+    def admit(self) -> list[tuple[Request, Block]]:
+        """Moves requests from the queue to prefilling, as far as rows and cache allow."""
+        admitted = []
+        for request in list(self._queue):
+            fits_rows = self.running_rows == 0 or self.running_rows + request.rows <= self._config.max_rows
+            block = self._arena.allocate(self._cache_size(request)) if fits_rows else None
+            if block is None:
+                waited = self._overtaken[request] = self._overtaken.get(request, 0) + 1
+                if waited > BYPASS_LIMIT:
+                    break
+                continue
+            self._queue.remove(request)
+            self._overtaken.pop(request, None)
+            self._blocks[request] = block
+            self._prefilling[request] = 0
+            request.state = State.PREFILLING
+            admitted.append((request, block))
+        return admitted
+
+    def plan(self) -> Plan:
+        """The next step. The shortest remaining prefill goes first: a long history then delays nobody but itself."""
+        prefill = None
+        if self._prefilling:
+            request = min(self._prefilling, key=lambda r: self._prefill_length(r) - self._prefilling[r])
+            left = self._prefill_length(request) - self._prefilling[request]
+            prefill = (request, min(left, self._config.prefill_chunk))
+        waiting = {id(request.noise_group) for request in self._prefilling if request.noise_group is not None}
+        return Plan(prefill, [request for request in self._running if id(request.noise_group) not in waiting])
+
+    def prefilled(self, request: Request, bars: int) -> bool:
+        """Books a chunk; True if the request is now ready to step."""
+        self._prefilling[request] += bars
+        if self._prefilling[request] < self._prefill_length(request):
+            return False
+        del self._prefilling[request]
+        self._running.append(request)
+        self._running.sort(key=self._order.__getitem__)
+        request.state = State.RUNNING
+        return True
+
+    def remove(self, request: Request) -> None:
+        """Takes a request out, wherever it is, and frees its cache."""
+        if request in self._queue:
+            self._queue.remove(request)
+        self._overtaken.pop(request, None)
+        self._order.pop(request, None)
+        self._prefilling.pop(request, None)
+        if request in self._running:
+            self._running.remove(request)
+        block = self._blocks.pop(request, None)
+        if block is not None:
+            self._arena.release(block)
+
+    def check_integrity(self) -> None:
+        """Raises CacheIntegrityError unless the arena holds exactly the admitted requests' blocks."""
+        self._arena.check_integrity(list(self._blocks.values()))
+
+    def _prefill_length(self, request: Request) -> int:
+        return request.context_used(self._config.max_context)

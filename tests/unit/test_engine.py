@@ -1,0 +1,281 @@
+"""The engine against the plain loop, and against itself: alone or in company, early or late, whole or streamed."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.engine.engine import Engine
+from model.engine.kv_cache import Arena, CacheIntegrityError
+from model.engine.scheduler import QueueFullError, RequestTooLargeError
+from model.engine.types import EngineConfig, Request, State, WindowPolicy
+from model.frames import normalise, series_from_frame
+from model.generate import Prompt, decode, generate
+from model.sampler import global_noise, seeded_noise
+from model.types import Sampling
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def series_of(bars):
+    def make(start, length, horizon):
+        end = start + length
+        times = bars.timestamps
+        return series_from_frame(bars[start:end], times[start:end], times[end : end + horizon])
+
+    return make
+
+
+def plain(tiny, series, sampling, max_context):
+    """The oracle: tokens [S, H, 2] and candles [S, H, 6] of the plain loop."""
+    x, mean, scale = normalise(series.candles, 5)
+    marks = torch.from_numpy(np.concatenate((series.marks, series.future_marks)))
+    noise = global_noise(CPU) if sampling.seed is None else seeded_noise(sampling.seed, CPU)
+    prompt = Prompt(torch.from_numpy(np.ascontiguousarray(x)), marks)
+    [tokens] = generate(*tiny, [prompt], sampling, noise, max_context=max_context)
+    values = decode(tiny[1], tokens, series.horizon, max_context).numpy() * scale + mean
+    return tokens[:, len(x) :].numpy(), values
+
+
+def engine(tiny, **config):
+    return Engine(*tiny, EngineConfig(**{"cache_bytes": 2**23, "prefill_chunk": 40} | config))
+
+
+def candles(request):
+    return request.normalised * request.scale + request.mean
+
+
+requests_of_any_shape = st.lists(
+    st.tuples(
+        st.integers(0, 900),
+        st.integers(1, 110),
+        st.integers(1, 50),
+        st.builds(
+            Sampling,
+            temperature=st.sampled_from([0.0, 0.6, 1.0, 1.4]),
+            top_k=st.sampled_from([0, 0, 1, 7]),
+            top_p=st.sampled_from([0.5, 0.9, 1.0]),
+            samples=st.integers(1, 5),
+            seed=st.integers(0, 2**64 - 1),
+        ),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(shapes=requests_of_any_shape, max_context=st.sampled_from([24, 64, 512]), max_rows=st.sampled_from([4, 64]))
+def test_any_company_gives_the_plain_loops_tokens(tiny, series_of, shapes, max_context, max_rows):
+    """Also where windows slide, requests wait for rows, and histories are prefilled in chunks."""
+    running = engine(tiny, max_context=max_context, max_rows=max_rows)
+    requests = [Request(series_of(*shape), sampling) for *shape, sampling in shapes]
+    running.run(requests)
+    running.check_integrity()
+    assert running.cache_slots()[0] == 0
+    for request in requests:
+        tokens, values = plain(tiny, request.series, request.sampling, max_context)
+        assert request.state is State.FINISHED
+        np.testing.assert_array_equal(request.tokens, tokens)
+        np.testing.assert_allclose(candles(request), values, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("max_context", [512, 40])
+def test_public_order_of_unseeded_draws(tiny, series_of, max_context):
+    series, sampling = series_of(3, 35, 20), Sampling(samples=4, top_p=0.9)
+    torch.manual_seed(8)
+    tokens, _ = plain(tiny, series, sampling, max_context)
+    torch.manual_seed(8)
+    request = Request(series, sampling)
+    engine(tiny, max_context=max_context).run([request])
+    np.testing.assert_array_equal(request.tokens, tokens)
+
+
+def test_late_joiner_gets_the_early_joiners_numbers(tiny, series_of):
+    shapes = [((0, 90, 30), 3), ((200, 20, 12), 5), ((400, 60, 5), 1)]
+
+    def run(delays):
+        running = engine(tiny)
+        requests = [Request(series_of(*shape), Sampling(samples=s, seed=s)) for shape, s in shapes]
+        for turn in range(60):
+            for request, delay in zip(requests, delays, strict=True):
+                if delay == turn:
+                    running.submit([request])
+            running.step()
+        running.wait(requests)
+        return requests
+
+    early, late = run([0, 0, 0]), run([0, 9, 25])
+    for first, second in zip(early, late, strict=True):
+        np.testing.assert_array_equal(first.tokens, second.tokens)
+
+
+@pytest.mark.parametrize("max_context", [512, 64, 30])
+def test_stream_equals_whole(tiny, series_of, max_context):
+    pieces = []
+    request = Request(
+        series_of(0, 50, 25), Sampling(samples=3, seed=1), on_bars=lambda first, bars: pieces.append((first, bars))
+    )
+    engine(tiny, max_context=max_context).run([request])
+    assert [first for first, _ in pieces] == list(range(25))
+    np.testing.assert_allclose(np.concatenate([bars for _, bars in pieces], axis=1), candles(request), rtol=1e-6)
+    _, values = plain(tiny, request.series, request.sampling, max_context)
+    np.testing.assert_allclose(candles(request), values, rtol=1e-3, atol=1e-3)
+
+
+def test_hop_and_fit_are_exact_until_the_window_is_full(tiny, series_of):
+    exact, hop, fit = (
+        Request(series_of(0, 50, 30), Sampling(samples=2, seed=2), WindowPolicy.parse(policy))
+        for policy in ("exact", "hop:8", "fit")
+    )
+    engine(tiny, max_context=64).run([exact, hop, fit])
+    np.testing.assert_array_equal(hop.tokens[:, :15], exact.tokens[:, :15])
+    assert fit.context_used(64) == 64 - 29
+    # fit is the plain loop over a history whose first bars the model cannot see.
+    roomy = Request(series_of(0, 50, 30), Sampling(samples=2, seed=2), WindowPolicy.parse("hop:1"))
+    engine(tiny, max_context=64).run([roomy])
+    np.testing.assert_array_equal(roomy.tokens, exact.tokens)
+
+
+@pytest.mark.parametrize("text", ["", "hop", "hop:0", "hop:-1", "hop:x", "rolling", "exact "])
+def test_unknown_window_policy_lists_what_is_accepted(text):
+    with pytest.raises(ValueError, match="accepted: exact, fit, hop:K"):
+        WindowPolicy.parse(text)
+
+
+def test_poison_ends_its_own_request_only(tiny, series_of):
+    def explode(step):
+        if step == 3:
+            raise RuntimeError("poison")
+
+    good = [Request(series_of(100 * i, 30, 8), Sampling(samples=2, seed=i)) for i in range(3)]
+    bad = Request(series_of(0, 30, 8), Sampling(seed=9), on_step=explode)
+    broken = Request(series_of(0, 30, 8), Sampling(seed=9), should_stop=lambda: 1 / 0)
+    running = engine(tiny)
+    running.run([good[0], bad, good[1], broken, good[2]])
+    assert (bad.state, str(bad.error)) == (State.FAILED, "poison")
+    assert (broken.state, type(broken.error)) == (State.FAILED, ZeroDivisionError)
+    for request in good:
+        np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 512)[0])
+    running.check_integrity()
+    assert running.cache_slots()[0] == 0
+
+
+def test_a_failing_step_ends_only_the_lane_that_causes_it(tiny, series_of, monkeypatch):
+    running = engine(tiny)
+    requests = [Request(series_of(100 * i, 30, 6), Sampling(samples=2, seed=i)) for i in range(3)]
+    step = running._runner.step
+
+    def failing(lanes):
+        if any(lane.request is requests[1] and lane.step == 2 for lane in lanes):
+            raise RuntimeError("bad row")
+        step(lanes)
+
+    monkeypatch.setattr(running._runner, "step", failing)
+    running.run(requests)
+    assert [request.state for request in requests] == [State.FINISHED, State.FAILED, State.FINISHED]
+    for request in (requests[0], requests[2]):
+        np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 512)[0])
+
+
+def test_cancelled_rows_leave_within_one_step(tiny, series_of):
+    stop = threading.Event()
+    request = Request(series_of(0, 30, 200), Sampling(samples=4, seed=0), should_stop=stop.is_set)
+    waiting = Request(series_of(0, 30, 9), Sampling(samples=62, seed=0), should_stop=stop.is_set)
+    running = engine(tiny)
+    running.submit([request, waiting])
+    for _ in range(10):
+        running.step()
+    assert (request.state, waiting.state) == (State.RUNNING, State.QUEUED)
+    assert running.running_rows() == 4
+    stop.set()
+    running.step()
+    assert (request.state, waiting.state) == (State.CANCELLED, State.CANCELLED)
+    assert running.running_rows() == running.queued_work() == running.cache_slots()[0] == 0
+    running.check_integrity()
+
+
+def test_full_queue_and_too_large_requests_are_refused_whole(tiny, series_of):
+    running = engine(tiny, max_queued_work=100)
+    fitting = [Request(series_of(0, 30, 10), Sampling(samples=6, seed=i)) for i in range(3)]
+    with pytest.raises(QueueFullError):
+        running.submit(fitting)
+    assert running.queued_work() == 0
+    small = engine(tiny, cache_bytes=2**16)
+    with pytest.raises(RequestTooLargeError, match="fewer paths"):
+        small.run([Request(series_of(0, 100, 50), Sampling(samples=50, seed=0))])
+    small.run([(request := Request(series_of(0, 5, 2), Sampling(seed=0)))])
+    assert request.state is State.FINISHED
+
+
+def test_short_requests_are_not_held_up_by_a_long_one(tiny, series_of):
+    running = engine(tiny)
+    long = Request(series_of(0, 110, 200), Sampling(samples=8, seed=0))
+    running.submit([long])
+    for _ in range(5):
+        running.step()
+    short = Request(series_of(0, 20, 4), Sampling(seed=1))
+    running.submit([short])
+    turns = 0
+    while not short.state.ended:
+        running.step()
+        turns += 1
+    assert turns <= 6
+    assert not long.state.ended
+
+
+def test_threads_share_one_engine(tiny, series_of):
+    running = engine(tiny)
+    jobs = [Request(series_of(30 * i, 20 + i, 5 + i % 7), Sampling(samples=1 + i % 3, seed=i)) for i in range(24)]
+    threads = [threading.Thread(target=lambda part=jobs[i::4]: [running.run([r]) for r in part]) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for request in jobs:
+        assert request.state is State.FINISHED
+        np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 512)[0])
+    running.check_integrity()
+
+
+@pytest.mark.parametrize(("precision", "agreement"), [("bf16", 0.9), ("int8", 0.8)])
+def test_reduced_precision_mostly_agrees(tiny, series_of, precision, agreement):
+    """First greedy tokens of many windows: later ones follow from the first that differs."""
+    shapes = [(start, 60, 1) for start in range(0, 1600, 25)]
+    exact, reduced = ([Request(series_of(*s), Sampling(temperature=0, seed=0)) for s in shapes] for _ in range(2))
+    engine(tiny).run(exact)
+    engine(tiny, precision=precision).run(reduced)
+    same = np.mean([np.array_equal(a.tokens, b.tokens) for a, b in zip(exact, reduced, strict=True)])
+    assert same >= agreement
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40)), max_size=60))
+def test_arena_never_loses_or_doubles_a_range(actions):
+    arena, held = Arena(100), []
+    for action, size in actions:
+        if action and (block := arena.allocate(size)):
+            held.append(block)
+        elif not action and held:
+            arena.release(held.pop(size % len(held)))
+        arena.check_integrity(held)
+        assert arena.used + arena.free == 100
+    for block in held:
+        arena.release(block)
+    assert arena.allocate(100) is not None
+
+
+def test_arena_catches_leaks_and_double_frees():
+    arena = Arena(10)
+    block = arena.allocate(4)
+    with pytest.raises(CacheIntegrityError, match="belong to a request"):
+        arena.check_integrity([])
+    arena.release(block)
+    with pytest.raises(CacheIntegrityError, match="not in use"):
+        arena.release(block)
+    with pytest.raises(ValueError, match="positive"):
+        arena.allocate(0)
