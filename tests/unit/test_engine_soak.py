@@ -1,0 +1,78 @@
+"""Many small requests through one engine, some cancelled, some invalid: memory stays flat, no cache range is lost."""
+
+import gc
+import os
+
+import numpy as np
+import psutil
+import pytest
+
+from model.engine.engine import Engine
+from model.engine.kv_cache import CacheIntegrityError
+from model.engine.types import EngineConfig, Request, State
+from model.frames import series_from_frame
+from model.types import Sampling
+
+GROWTH_LIMIT = 16 * 2**20
+BATCH = 40
+
+
+def soak(engine, bars, count, *, leak=None):
+    """Runs count requests, a tenth cancelled and a tenth invalid; returns bytes of growth after the first third.
+
+    leak: called with every request that has ended.
+    """
+    process = psutil.Process(os.getpid())
+    rng = np.random.default_rng(0)
+    before = 0
+    for first in range(0, count, BATCH):
+        requests = []
+        for i in range(first, first + BATCH):
+            start, length, horizon = int(rng.integers(0, 1500)), int(rng.integers(1, 24)), int(rng.integers(1, 6))
+            end = start + length
+            times = bars.timestamps
+            series = series_from_frame(bars[start:end], times[start:end], times[end : end + horizon])
+            request = Request(series, Sampling(samples=int(rng.integers(1, 4)), seed=i))
+            if i % 10 == 3:
+                asked = []
+                request.should_stop = lambda asked=asked: asked.append(1) or len(asked) > 2
+            elif i % 10 == 7:
+                # A month that no calendar has: it fails in the middle of the engine, past all validation.
+                series.future_marks[:, 4] = 99
+            requests.append(request)
+        engine.run(requests)
+        for i, request in enumerate(requests):
+            expected = {3: {State.CANCELLED, State.FINISHED}, 7: {State.FAILED}}.get(i % 10, {State.FINISHED})
+            assert request.state in expected
+            if leak is not None:
+                leak(request)
+        engine.check_integrity()
+        assert engine.cache_slots()[0] == engine.running_rows() == engine.queued_work() == 0
+        if before == 0 and first >= count // 3:
+            gc.collect()
+            before = process.memory_info().rss
+    gc.collect()
+    return process.memory_info().rss - before
+
+
+@pytest.mark.parametrize("count", [1200, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_memory_stays_flat(tiny, bars, count):
+    engine = Engine(*tiny, EngineConfig(cache_bytes=2**22))
+    growth = soak(engine, bars, count)
+    print(f"{count} requests: {growth / 2**20:.1f} MiB of growth")
+    assert growth <= GROWTH_LIMIT
+
+
+def test_the_same_check_catches_a_leak(tiny, bars):
+    engine = Engine(*tiny, EngineConfig(cache_bytes=2**22))
+    kept = []
+    growth = soak(engine, bars, 1200, leak=lambda request: kept.append(np.ones(2**13)))
+    assert growth > GROWTH_LIMIT
+
+
+def test_the_same_check_catches_a_lost_range(tiny, bars):
+    engine = Engine(*tiny, EngineConfig(cache_bytes=2**22))
+    release, lost = engine._arena.release, []
+    engine._arena.release = lambda block: lost.append(block) if not lost else release(block)
+    with pytest.raises(CacheIntegrityError):
+        soak(engine, bars, 400)
