@@ -90,8 +90,7 @@ def seeded_noise(seed: int, device: torch.device) -> Noise:
 
     def draw(rows: int, vocabulary: int, step: int, head: int) -> Tensor:
         paths = torch.arange(rows, device=where)
-        key = torch.tensor([split_seed(seed)], device=where).expand(rows, 2)
-        return philox_noise(key, paths, torch.full_like(paths, step), head, vocabulary)
+        return philox_noise(seed, paths, torch.full_like(paths, 2 * step + head), vocabulary)
 
     return draw
 
@@ -101,20 +100,20 @@ def split_seed(seed: int) -> tuple[int, int]:
     return seed & _LOW_32, seed >> 32
 
 
-def philox_noise(key: Tensor, path: Tensor, step: Tensor, head: int, vocabulary: int) -> Tensor:
-    """Exp(1) noise float32 [R, V] of rows with keys int64 [R, 2], paths and steps int64 [R]."""
-    block = torch.arange((vocabulary + 3) // 4, device=key.device)
-    position = (2 * step + head).unsqueeze(1)
-    words = philox((block, path.unsqueeze(1), position, torch.zeros_like(position)), (key[:, :1], key[:, 1:]))
-    bits = torch.stack(words, dim=-1).flatten(1)[:, :vocabulary]
+def philox_noise(seed: int, path: Tensor, position: Tensor, vocabulary: int) -> Tensor:
+    """Exp(1) noise float32 [..., V] of paths and positions (2 * step + head), int64 [...]; their shapes broadcast."""
+    block = torch.arange((vocabulary + 3) // 4, device=path.device)
+    counter = (block, path.unsqueeze(-1), position.unsqueeze(-1), torch.zeros_like(block))
+    words = philox(counter, split_seed(seed))
+    bits = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(-2)[..., :vocabulary]
     uniform = (bits.double() + 0.5) * 2.0**-32
     return -torch.log(uniform).float()
 
 
-def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
 
-    counter: four int64 tensors of 32-bit words, key: two; their shapes broadcast. Returns four such tensors.
+    counter: four int64 tensors of 32-bit words, whose shapes broadcast; key: two words. Returns four such tensors.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -24,6 +24,7 @@ class SequenceCache:
         self._history = memory[:split].view(layers, 2, history * width)
         self._own = memory[split:].view(layers, 2, paths * own * width)
         self._width, self._history_capacity, self._own_capacity, self._paths = width, history, own, paths
+        self._views: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self.history_length = 0
         self.own_length = 0
 
@@ -36,17 +37,22 @@ class SequenceCache:
         """Forgets all bars: the window has moved."""
         self.history_length = self.own_length = 0
 
-    def _history_views(self, layer: int, heads: int) -> tuple[Tensor, Tensor]:
-        shape = (heads, self._history_capacity, self._width // heads)
-        return self._history[layer, 0].view(shape), self._history[layer, 1].view(shape)
-
-    def _own_views(self, layer: int, heads: int) -> tuple[Tensor, Tensor]:
-        shape = (self._paths, heads, self._own_capacity, self._width // heads)
-        return self._own[layer, 0].view(shape), self._own[layer, 1].view(shape)
+    def _layer(self, layer: int, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys and values of the history [H, bars, d] and of the paths [S, H, bars, d]; heads is the layer's."""
+        if layer not in self._views:
+            history = (heads, self._history_capacity, self._width // heads)
+            own = (self._paths, heads, self._own_capacity, self._width // heads)
+            self._views[layer] = (
+                self._history[layer, 0].view(history),
+                self._history[layer, 1].view(history),
+                self._own[layer, 0].view(own),
+                self._own[layer, 1].view(own),
+            )
+        return self._views[layer]
 
     def write_history(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k, v [1, H, g, d] of the bars after history_length, which the caller advances once all layers are written."""
-        keys, values = self._history_views(layer, k.shape[1])
+        keys, values, _, _ = self._layer(layer, k.shape[1])
         bars = slice(self.history_length, self.history_length + k.shape[2])
         keys[:, bars] = k[0]
         values[:, bars] = v[0]
@@ -57,7 +63,7 @@ class SequenceCache:
         done, new = self.history_length, q.shape[2]
         if done == 0:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        keys, values = self._history_views(layer, q.shape[1])
+        keys, values, _, _ = self._layer(layer, q.shape[1])
         seen = torch.ones(new, done + new, dtype=torch.bool, device=q.device).tril(done)
         return F.scaled_dot_product_attention(
             q, keys[None, :, : done + new].to(q.dtype), values[None, :, : done + new].to(q.dtype), attn_mask=seen
@@ -70,7 +76,7 @@ class SequenceCache:
 
     def write_own(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k, v [S, H, g, d] of the bars after own_length, which the caller advances once all layers are written."""
-        keys, values = self._own_views(layer, k.shape[1])
+        _, _, keys, values = self._layer(layer, k.shape[1])
         bars = slice(self.own_length, self.own_length + k.shape[2])
         keys[:, :, bars] = k
         values[:, :, bars] = v
@@ -83,17 +89,16 @@ class SequenceCache:
         """One softmax over the history and the first `own` bars of each path. q [S, H, g, d] → [S, H, g, d]."""
         paths, heads, new, width = q.shape
         bars = self.history_length
-        own_keys, own_values = (part[:, :, :own] for part in self._own_views(layer, heads))
+        keys, values, own_keys, own_values = self._layer(layer, heads)
         q = q * (1 / math.sqrt(width))
-        dtype = own_keys.dtype
+        dtype = keys.dtype
         scores = []
         if bars:
-            keys, values = self._history_views(layer, heads)
             # All paths ask the same keys: one matrix product per head serves them together.
             by_head = q.transpose(0, 1).reshape(heads, paths * new, width)
             scores.append((by_head.to(dtype) @ keys[:, :bars].transpose(1, 2)).float())
         if own:
-            own_scores = (q.to(dtype) @ own_keys.transpose(2, 3)).float()
+            own_scores = (q.to(dtype) @ own_keys[:, :, :own].transpose(2, 3)).float()
             if new > 1:
                 seen = torch.ones(new, own, dtype=torch.bool, device=q.device).tril(own - new)
                 own_scores = own_scores.masked_fill(~seen, -torch.inf)
@@ -106,5 +111,5 @@ class SequenceCache:
             )
         if own:
             by_path = weights[..., bars:].reshape(heads, paths, new, own).transpose(0, 1)
-            mixed = mixed + (by_path @ own_values).float()
+            mixed = mixed + (by_path @ own_values[:, :, :own]).float()
         return mixed

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model.engine.attention import SequenceCache
 from model.engine.kv_cache import Block
 from model.engine.packing import packed
-from model.engine.sampler import RowSettings, sample_rows
+from model.engine.sampler import RowSettings, SeededNoise, draw_noise, sample_rows
 from model.engine.types import EngineConfig, Request
 from model.frames import normalise
 from model.generate import decode
@@ -63,7 +63,7 @@ class Lane:
 
     tokens: int64 [S, T + H, 2]. times: summed time embeddings [T + H, D]. cache: of the model's blocks and its
     cross-attention. start: first bar of the window. step: bars generated. context: the newest position, [1 or S, 1, D].
-    decoded, decoder_cache: bars that have passed the tokenizer's decoder, and its cache.
+    noise: of a seeded request. decoded, decoder_cache: bars that have passed the tokenizer's decoder, and its cache.
     """
 
     request: Request
@@ -75,6 +75,7 @@ class Lane:
     start: int
     step: int = 0
     context: Tensor | None = None
+    noise: SeededNoise | None = None
     decoded: list[np.ndarray] = field(default_factory=list)
     decoder_cache: SequenceCache | None = None
 
@@ -127,6 +128,7 @@ class Runner:
         tokens = torch.cat((history, history.new_zeros(1, request.horizon, 2)), dim=1).repeat(request.rows, 1, 1)
         marks = torch.from_numpy(np.concatenate((request.series.marks, request.series.future_marks)))
         memory = self._memory.narrow(0, block.offset, block.size)
+        seed, vocabulary = request.sampling.seed, 2 ** max(self._model.s1_bits, self._model.s2_bits)
         return Lane(
             request=request,
             tokens=tokens,
@@ -135,6 +137,7 @@ class Runner:
             mean=mean,
             scale=scale,
             start=request.history - request.context_used(self._config.max_context),
+            noise=None if seed is None else SeededNoise(seed, request.rows, vocabulary, self._device),
         )
 
     @torch.inference_mode()
@@ -154,10 +157,10 @@ class Runner:
                 self._advance(advancing)
             context = torch.cat([cast(Tensor, lane.context).expand(lane.request.rows, -1, -1) for lane in lanes])
             settings = self._settings(lanes)
-            steps = self._per_row(lanes, [lane.step for lane in lanes])
-            s1 = sample_rows(self._model.next_s1_logits(context).float(), settings, steps, S1_HEAD)
-            attend = partial(self._attend_cross, lanes, fresh)
-            s2 = sample_rows(self._model.next_s2_logits(context, s1, attend).float(), settings, steps, S2_HEAD)
+            s1_logits = self._model.next_s1_logits(context).float()
+            s1 = sample_rows(s1_logits, settings, self._noise(lanes, S1_HEAD, s1_logits.shape[1]))
+            s2_logits = self._model.next_s2_logits(context, s1, partial(self._attend_cross, lanes, fresh)).float()
+            s2 = sample_rows(s2_logits, settings, self._noise(lanes, S2_HEAD, s2_logits.shape[1]))
         for lane in advancing:
             lane.cache.own_length += 1
         pairs = torch.stack((s1, s2), dim=-1).split([lane.request.rows for lane in lanes])
@@ -228,6 +231,10 @@ class Runner:
             return lane.cache.attend_own(self._cross_layer, q, k, v)
 
         return _by_lane(lanes, attend, q, k, v)
+
+    def _noise(self, lanes: Sequence[Lane], head: int, vocabulary: int) -> Tensor:
+        requests, seeded = [lane.request for lane in lanes], [lane.noise for lane in lanes]
+        return draw_noise(requests, seeded, [lane.step for lane in lanes], head, vocabulary, self._device)
 
     def _settings(self, lanes: Sequence[Lane]) -> RowSettings:
         """The lanes' sampling settings as tensors, made anew only when the batch changes."""

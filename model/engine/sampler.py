@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.engine.types import Request
-from model.sampler import filtered, philox_noise, split_seed
+from model.sampler import filtered, philox_noise
 
 
 @dataclass(frozen=True)
@@ -20,17 +20,12 @@ class RowSettings:
     """The sampling settings of a batch of requests, one row a path; made once per composition of the batch.
 
     temperature, top_p: float32 [R, 1], temperature 1 where a row is greedy. greedy: bool [R].
-    key, path: of the seeded generator, int64 [R, 2] and [R].
-    unseeded: rows by noise group, for torch's global generator. top_k: rows of requests that use it.
+    top_k: rows of requests that use it.
     """
 
     temperature: Tensor
     top_p: Tensor
     greedy: Tensor | None
-    key: Tensor
-    path: Tensor
-    seeded: bool
-    unseeded: list[Tensor]
     top_k: list[tuple[int, Tensor]]
 
     @classmethod
@@ -38,44 +33,73 @@ class RowSettings:
         temperature: list[float] = []
         top_p: list[float] = []
         greedy: list[bool] = []
-        key: list[tuple[int, int]] = []
-        path: list[int] = []
-        groups: dict[int, list[int]] = {}
         top_k: list[tuple[int, list[int]]] = []
         for request in requests:
-            sampling, first = request.sampling, len(path)
-            rows = list(range(first, first + request.rows))
+            sampling, first = request.sampling, len(greedy)
             temperature += [sampling.temperature or 1.0] * request.rows
             # A row with top-k has been filtered already when the race asks for top-p.
             top_p += [1.0 if sampling.top_k else sampling.top_p] * request.rows
             greedy += [sampling.temperature == 0] * request.rows
-            key += [split_seed(sampling.seed or 0)] * request.rows
-            path += list(range(request.rows))
             if sampling.top_k:
-                top_k.append((sampling.top_k, rows))
-            if sampling.seed is None:
-                groups.setdefault(id(request.noise_group or request), []).extend(rows)
+                top_k.append((sampling.top_k, list(range(first, first + request.rows))))
         return cls(
             temperature=torch.tensor(temperature, device=device).unsqueeze(1),
             top_p=torch.tensor(top_p, device=device).unsqueeze(1),
             greedy=torch.tensor(greedy, device=device) if any(greedy) else None,
-            key=torch.tensor(key, device=device),
-            path=torch.tensor(path, device=device),
-            seeded=any(request.sampling.seed is not None for request in requests),
-            unseeded=[torch.tensor(rows, device=device) for rows in groups.values()],
             top_k=[(k, torch.tensor(rows, device=device)) for k, rows in top_k],
         )
 
 
-def sample_rows(logits: Tensor, settings: RowSettings, step: Tensor, head: int) -> Tensor:
-    """Logits float32 [R, V] and each row's step int64 [R] → tokens int64 [R]."""
-    rows, vocabulary = logits.shape
-    if settings.seeded:
-        noise = philox_noise(settings.key, settings.path, step, head, vocabulary)
-    else:
-        noise = torch.empty(rows, vocabulary, device=logits.device)
-    for group in settings.unseeded:
-        noise[group] = torch.empty(len(group), vocabulary, device=logits.device).exponential_()
+class SeededNoise:
+    """A seeded request's noise, made for many steps at once: the generator is counter-based, so any order will do."""
+
+    STEPS = 16
+
+    def __init__(self, seed: int, rows: int, vocabulary: int, device: torch.device) -> None:
+        """vocabulary: the larger of both heads'; the noise of an entry does not depend on how many there are."""
+        # MPS has no float64; the noise is then made on the CPU and moved.
+        self._made_on = torch.device("cpu") if device.type == "mps" else device
+        self._seed, self._rows, self._vocabulary, self._device = seed, rows, vocabulary, device
+        self._first = -self.STEPS
+        self._noise = torch.empty(0)
+
+    def draw(self, step: int, head: int, vocabulary: int) -> Tensor:
+        """Exp(1) noise float32 [S, vocabulary]."""
+        if not self._first <= step < self._first + self.STEPS:
+            self._first = step - step % self.STEPS
+            positions = torch.arange(2 * self._first, 2 * (self._first + self.STEPS), device=self._made_on)
+            paths = torch.arange(self._rows, device=self._made_on)
+            noise = philox_noise(self._seed, paths, positions.unsqueeze(1), self._vocabulary)
+            self._noise = noise.to(self._device)
+        return self._noise[2 * (step - self._first) + head, :, :vocabulary]
+
+
+def draw_noise(
+    requests: Sequence[Request],
+    seeded: Sequence[SeededNoise | None],
+    steps: Sequence[int],
+    head: int,
+    vocabulary: int,
+    device: torch.device,
+) -> Tensor:
+    """Exp(1) noise float32 [R, V] of a batch: each seeded request's own, and one draw per group of unseeded ones."""
+    groups: dict[int, list[int]] = {}
+    parts: list[Tensor | None] = [None] * len(requests)
+    for i, (request, source) in enumerate(zip(requests, seeded, strict=True)):
+        if source is not None:
+            parts[i] = source.draw(steps[i], head, vocabulary)
+        else:
+            groups.setdefault(id(request.noise_group or request), []).append(i)
+    for members in groups.values():
+        rows = [requests[i].rows for i in members]
+        drawn = torch.empty(sum(rows), vocabulary, device=device).exponential_()
+        for i, part in zip(members, drawn.split(rows), strict=True):
+            parts[i] = part
+    return torch.cat([part for part in parts if part is not None])
+
+
+def sample_rows(logits: Tensor, settings: RowSettings, noise: Tensor) -> Tensor:
+    """Logits and Exp(1) noise, both float32 [R, V] → tokens int64 [R]."""
     scaled = logits / settings.temperature
     for k, some in settings.top_k:
         scaled[some] = filtered(scaled[some], k, 1.0)
