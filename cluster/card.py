@@ -1,0 +1,133 @@
+"""Writes the model card of a bundle from what the trainer recorded and what cluster.evaluate measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from model.errors import InputError
+from model.types import COLUMNS
+
+TRAINING_FILE = "training.json"
+"""In run.output: what cluster.train did, per stage."""
+
+AIMS = "Aims: CRPS at most 1.10 of the random walk's, coverage between 0.65 and 0.92."
+
+
+def write_card(path: Path, bundle: Path, numbers: dict[str, Any]) -> None:
+    """numbers: what cluster.evaluate prints. Raises InputError if the bundle has no training.json."""
+    record = bundle / TRAINING_FILE
+    if not record.is_file():
+        raise InputError(f"{bundle} holds no {TRAINING_FILE}: train it with cluster.train", code="no_such_file")
+    training = json.loads(record.read_text(encoding="utf-8"))
+    sections = [_head(bundle), _how_made(training), _measured(numbers), _limits(numbers)]
+    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _head(bundle: Path) -> str:
+    size = sum((bundle / part / WEIGHTS_FILE).stat().st_size for part in ("tokenizer", "model"))
+    shapes = {
+        part: json.loads((bundle / part / CONFIG_FILE).read_text(encoding="utf-8")) for part in ("tokenizer", "model")
+    }
+    model, tokenizer = shapes["model"], shapes["tokenizer"]
+    return f"""# kronos-bundled
+
+An offline default that shows the system working. **Not a trading model**: it was trained for minutes on simulated
+candles and has never seen a market. The tables below say how it compares with the last price.
+
+| | |
+|---|---|
+| predictor | {model["n_layers"]} layers, width {model["d_model"]}, {model["n_heads"]} heads, ff {model["ff_dim"]} |
+| tokenizer | {tokenizer["n_enc_layers"] - 1} + {tokenizer["n_dec_layers"] - 1} blocks, width {tokenizer["d_model"]} |
+| code | {model["s1_bits"]} + {model["s2_bits"]} bits |
+| context | 512 bars |
+| size | {size / 1e6:.2f} MB of float32 weights, both networks |
+| licence | MIT, as the project; no outside data or weights went in |"""
+
+
+def _how_made(training: dict[str, Any]) -> str:
+    source = training["config"]["data"]["source"]
+    data = (
+        f"{source['series']} series of {source['bars']} bars from `cluster.simulate`, seed {source['seed']}: "
+        "stochastic volatility, GARCH, jumps, mean reversion and drift; bars of "
+        f"{', '.join(str(m) for m in source['bar_minutes'])} minutes; sessions with and without a lunch break, "
+        f"weekdays and around the clock. Validation: {source['validation_series']} series of seed "
+        f"{source['validation_seed']}."
+        if source["kind"] == "simulated"
+        else f"`{Path(source['path']).name}`, validation from {source['validation_from']}."
+    )
+    rows = "\n".join(
+        f"| {name} | {stage['weights']:,} | {stage['steps']:,} | {stage['bars'] / 1e6:.1f} M | "
+        f"{stage['minutes']:.1f} | {stage['validation_loss']:.4f} |"
+        for name, stage in training["stages"].items()
+    )
+    return f"""## How it was made
+
+```bash
+{training["command"]}
+```
+
+Data: {data} Seed of the run: {training["config"]["run"]["seed"]}.
+{training["config"]["run"]["num_workers"]} worker(s) on {training["device"]}, torch {training["torch"]}.
+
+| stage | weights | steps | bars read | minutes | validation loss |
+|---|---|---|---|---|---|
+{rows}"""
+
+
+def _measured(numbers: dict[str, Any]) -> str:
+    setting = numbers["setting"]
+    parts = [
+        f"""## Measured
+
+{setting["history"]} bars of history, {setting["horizon"]} ahead, {setting["samples"]} paths at T = 1, top_p = 1, seed \
+{setting["seed"]}; nothing repaired or
+calibrated. CRPS (fair estimator) of the close in units of the history's one-bar move; the baseline is the last price
+as a random walk with the history's volatility. Below 1 the ratio is in the model's favour. {AIMS}"""
+    ]
+    for scores in numbers["sets"]:
+        rows = "\n".join(
+            f"| {h['horizon']} | {h['crps']:.3f} | {h['baseline']:.3f} | **{h['ratio']:.3f}** "
+            f"({h['ratio_low']:.3f}–{h['ratio_high']:.3f}) | {h['coverage']:.2f} | {h['baseline_coverage']:.2f} |"
+            for h in scores["horizons"]
+        )
+        errors = ", ".join(f"{c} {e:.3f}" for c, e in zip(COLUMNS, scores["code_error"], strict=True))
+        parts.append(
+            f"""### {scores["name"]} ({scores["windows"]} forecasts)
+
+| bars ahead | CRPS | random walk | ratio (90 % bootstrap) | 80 % interval covers | random walk's covers |
+|---|---|---|---|---|---|
+{rows}
+
+80 % coverage over all bars ahead: **{scores["coverage"]:.2f}** (random walk {scores["baseline_coverage"]:.2f}).
+Bias of the median at the last bar: {scores["bias"]:+.2f} of the random walk's std there.
+Invalid candles (high or low not outermost) among the sampled ones: **{scores["invalid"]:.1%}**.
+Tokenizer round trip, rms error in units of the window's std: {errors}.
+That is {scores["close_error"]:.2f} of a typical one-bar move for the close (median over the windows).
+Time: {scores["seconds"] / scores["windows"]:.1f} s a forecast."""
+        )
+    return "\n\n".join(parts)
+
+
+def _limits(numbers: dict[str, Any]) -> str:
+    faults = []
+    for scores in numbers["sets"]:
+        faults += [
+            f"- {scores['name']}: CRPS {h['horizon']} bars ahead is {h['ratio']:.3f} of the random walk's, over "
+            "the aim of 1.10."
+            for h in scores["horizons"]
+            if h["ratio"] > 1.10
+        ]
+        if not 0.65 <= scores["coverage"] <= 0.92:
+            faults.append(f"- {scores['name']}: coverage {scores['coverage']:.2f} is outside 0.65–0.92.")
+    missed = "\n".join(faults) if faults else "- None of the aims above is missed."
+    return f"""## What falls short
+
+{missed}
+- The random walk is a low bar and this is at best near it: there is no claim of skill in any market.
+- Bars are coded in units of the window's std. The longer the history, the coarser the code is beside one bar's move.
+- High and low are sampled like the other columns, so that a candle can be invalid; the share is above.
+
+Measure it again: `python -m cluster.evaluate --bundle model/bundled --candles FILE --card model/bundled/README.md`"""

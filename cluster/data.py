@@ -1,0 +1,206 @@
+"""Windows of bars for training and scoring: split by calendar time, scaled with what a forecaster would have known.
+
+How a window is made, and why:
+- Statistics come from its first bars only, the context, whose length is drawn per window and epoch; the bars after it
+  are scaled with the same numbers, as a forecast's are. Positions inside the context are not scored by the predictor:
+  they helped to make the mean and std they are scaled with, so that the future can be guessed from them (a series with
+  mean 0 comes back to 0), which no forecast ever can.
+- Every draw is a function of (seed, epoch, window). Which worker, process or restart asks changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from cluster.bars import SymbolBars, read_bars
+from cluster.config import DataConfig, FileSource, SimulatedSource
+from cluster.simulate import simulate
+from model.errors import InputError
+from model.frames import normalise
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class SplitBars:
+    """The bars a split's windows may read, and where its own bars begin and end.
+
+    begins, ends: datetime64[ns] or None (open); a window is the split's if its last bar is in [begins, ends).
+    Bars before begins may be read as context and are never scored.
+    """
+
+    name: str
+    series: list[SymbolBars]
+    begins: np.datetime64 | None = None
+    ends: np.datetime64 | None = None
+
+
+def load_splits(config: DataConfig) -> dict[str, SplitBars]:
+    """The splits of a configured source: train and validation, and test where the source has one.
+
+    Files are split by calendar time, at the same moment for all symbols. Simulated series, whose calendars have nothing
+    in common, are split by series: validation has its own seed. Raises InputError.
+    """
+    if isinstance(config.source, SimulatedSource):
+        source = config.source
+        return {
+            "train": SplitBars(
+                "train", simulate(source.seed, source.series, source.bars, bar_minutes=source.bar_minutes)
+            ),
+            "validation": SplitBars(
+                "validation",
+                simulate(source.validation_seed, source.validation_series, source.bars, bar_minutes=source.bar_minutes),
+            ),
+        }
+    return _split_file(config.source)
+
+
+def _split_file(source: FileSource) -> dict[str, SplitBars]:
+    series = read_bars(source.path, time_column=source.time_column, symbol_column=source.symbol_column)
+    validation = np.datetime64(source.validation_from, "ns")
+    if source.test_from is None:
+        return split_by_time(series, [validation])
+    return split_by_time(series, [validation, np.datetime64(source.test_from, "ns")])
+
+
+def split_by_time(series: Sequence[SymbolBars], boundaries: Sequence[np.datetime64]) -> dict[str, SplitBars]:
+    """train, validation (and test) of the same symbols, cut at one or two moments. Later splits may look back."""
+    if not 1 <= len(boundaries) <= 2 or any(a >= b for a, b in pairwise(boundaries)):
+        raise InputError(
+            f"split boundaries {[str(b) for b in boundaries]} must be one or two times in rising order",
+            code="bad_split",
+        )
+    begins = [None, *boundaries]
+    ends = [*boundaries, None]
+    return {
+        name: SplitBars(name, [_before(bars, end) for bars in series], begin, end)
+        for name, begin, end in zip(SPLITS, begins, ends, strict=False)
+    }
+
+
+def _before(bars: SymbolBars, end: np.datetime64 | None) -> SymbolBars:
+    if end is None:
+        return bars
+    keep = int(np.searchsorted(bars.times, np.asarray(end)))
+    return SymbolBars(bars.symbol, bars.times[:keep], bars.candles[:keep], bars.marks[:keep])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B windows of L bars.
+
+    x: float32 [B, L, 6], scaled and clipped. marks: int64 [B, L, 5]. context: int64 [B], bars the statistics come from.
+    scored: bool [B, L], positions whose bar counts as a target: after the context, and in the split.
+    """
+
+    x: np.ndarray
+    marks: np.ndarray
+    context: np.ndarray
+    scored: np.ndarray
+
+
+class WindowSet:
+    """All windows of `length` bars of one split, `stride` bars apart, counted from the end of each series."""
+
+    def __init__(
+        self,
+        split: SplitBars,
+        length: int,
+        *,
+        stride: int = 1,
+        clip: float = 5.0,
+        min_context: int = 32,
+        reach_back: bool = True,
+    ) -> None:
+        """reach_back: whether a window may begin before its split does (those bars are context, never scored).
+
+        Raises InputError if no series is long enough.
+        """
+        if not 2 <= min_context < length:
+            raise InputError(f"min_context must be from 2 to {length - 1}, not {min_context}", code="bad_size")
+        self.split, self.length, self.clip, self.min_context = split, length, clip, min_context
+        owners, starts = [], []
+        for number, bars in enumerate(split.series):
+            first = self._own_from(bars) if split.begins is not None else 0
+            # A window that reaches back needs one bar of its own after the shortest context; others lie inside.
+            lowest = max(0, first - length + 1) if reach_back else first
+            begin = np.arange(len(bars) - length, lowest - 1, -stride)[::-1]
+            owners.append(np.full(len(begin), number))
+            starts.append(begin)
+        self.owner = np.concatenate(owners) if owners else np.empty(0, dtype=np.int64)
+        self.start = np.concatenate(starts) if starts else np.empty(0, dtype=np.int64)
+        if len(self.start) == 0:
+            longest = max((len(bars) for bars in split.series), default=0)
+            raise InputError(
+                f"the {split.name} split has no window of {length} bars: its longest series has {longest}; give "
+                "more bars, move the split or take a shorter window",
+                code="too_short",
+            )
+
+    def _own_from(self, bars: SymbolBars) -> int:
+        return int(np.searchsorted(bars.times, np.asarray(self.split.begins)))
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def contexts(self, seed: int, epoch: int) -> np.ndarray:
+        """int64 [N]: every window's context length in one epoch, log-uniform from min_context to length − 1."""
+        draw = np.random.default_rng([seed, epoch, 1]).random(len(self))
+        low, high = np.log(self.min_context), np.log(self.length)
+        return np.exp(low + draw * (high - low)).astype(np.int64).clip(self.min_context, self.length - 1)
+
+    def batch(self, windows: np.ndarray, contexts: np.ndarray) -> Batch:
+        """The windows with these numbers, scaled with these context lengths; both int64 [B]."""
+        x = np.empty((len(windows), self.length, 6), dtype=np.float32)
+        marks = np.empty((len(windows), self.length, 5), dtype=np.int64)
+        scored = np.arange(self.length) >= contexts[:, None]
+        for row, (window, context) in enumerate(zip(windows, contexts, strict=True)):
+            bars, start = self.split.series[self.owner[window]], int(self.start[window])
+            candles = bars.candles[start : start + self.length]
+            _, mean, scale = normalise(candles[:context], self.clip)
+            x[row] = np.clip((candles - mean) / scale, -self.clip, self.clip)
+            marks[row] = bars.marks[start : start + self.length]
+            if self.split.begins is not None:
+                scored[row] &= np.arange(start, start + self.length) >= self._own_from(bars)
+        return Batch(x, marks, np.asarray(contexts, dtype=np.int64), scored)
+
+
+class WindowStream:
+    """An endless stream of batches: every window once an epoch, in an order that the seed alone decides."""
+
+    def __init__(self, windows: WindowSet, seed: int, batch_size: int) -> None:
+        self.windows, self.seed, self.batch_size = windows, seed, batch_size
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+        self._contexts = np.empty(0, dtype=np.int64)
+
+    def ids(self, step: int) -> list[tuple[int, int]]:
+        """(epoch, window) of each row of global batch `step`, counted from 0. A batch may straddle two epochs."""
+        n = len(self.windows)
+        return [divmod(p, n) for p in range(step * self.batch_size, (step + 1) * self.batch_size)]
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """Rows rank, rank + world_size, … of the global batch: together the workers see what one worker would."""
+        windows, contexts = [], []
+        for epoch, place in self.ids(step)[rank::world_size]:
+            self._turn_to(epoch)
+            windows.append(self._order[place])
+            contexts.append(self._contexts[windows[-1]])
+        return self.windows.batch(np.array(windows), np.array(contexts))
+
+    def _turn_to(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.windows))
+            self._contexts = self.windows.contexts(self.seed, epoch)
+            self._epoch = epoch
+
+
+def fixed_subset(windows: WindowSet, count: int, seed: int, batch_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """At most `count` windows for validation, the same every time: (windows, contexts) a batch."""
+    chosen = np.random.default_rng([seed, 2]).permutation(len(windows))[:count]
+    contexts = windows.contexts(seed, 0)[chosen]
+    return [(chosen[i : i + batch_size], contexts[i : i + batch_size]) for i in range(0, len(chosen), batch_size)]

@@ -1,0 +1,1 @@
+"""The Ray Serve application: Kronos forecasts over HTTP."""

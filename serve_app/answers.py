@@ -1,0 +1,151 @@
+"""Sampled paths → what an answer says about them: mean, quantiles, summary. numpy in, JSON-ready values out.
+
+S samples, H bars, 6 columns in the order of model.types.COLUMNS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from model.types import COLUMNS, Window
+from serve_app.jobs import Answered, Done
+from serve_app.prepare import Prepared
+from serve_app.schemas import ForecastRequest, json_safe_level
+
+OPEN, HIGH, LOW, CLOSE = range(4)
+
+
+def prediction_json(item: Prepared, values: np.ndarray, done: Done, warning: str | None) -> dict[str, Any]:
+    """One answer of /v1/predict: the mean path, as the public predict returns it. values: float64 [S, H, 6]."""
+    rows = values.mean(axis=0).tolist()
+    return {
+        "series_id": item.id,
+        "prediction": [
+            {"timestamp": time, **dict(zip(COLUMNS, row, strict=True))}
+            for time, row in zip(item.future, rows, strict=True)
+        ],
+        "model_version": done.identity.model_version,
+        "tokenizer_version": done.identity.tokenizer_version,
+        "device": done.device.device,
+        "device_warning": warning,
+    }
+
+
+def forecast_json(
+    request: ForecastRequest, items: Sequence[Prepared], seed: int, answered: Answered, warning: str | None
+) -> dict[str, Any]:
+    """The answer of /v1/forecast."""
+    done = answered.done
+    repaired = 0
+    series = []
+    for item, paths in zip(items, done.paths, strict=True):
+        values = paths.values
+        if request.repair == "ohlc":
+            values, touched = repair_candles(values)
+            repaired += touched
+        series.append(_series_json(request, item, values, paths.window))
+    windows = [paths.window for paths in done.paths]
+    first = items[0].task.sampling
+    return {
+        "model": {
+            "id": done.identity.id,
+            "repo": done.identity.repo,
+            "revision": done.identity.revision,
+            "sha256": done.identity.sha256,
+        },
+        "device": done.device.device,
+        "device_warning": warning,
+        "precision": done.device.precision,
+        "window": {
+            "context_used": max(window.context_used for window in windows),
+            "slid": any(window.slid for window in windows),
+            "policy": windows[0].policy,
+        },
+        "seed": seed,
+        "parameters": {
+            "samples": request.samples if request.samples is not None else first.samples,
+            "temperature": request.temperature if request.temperature is not None else first.temperature,
+            "top_k": request.top_k if request.top_k is not None else first.top_k,
+            "top_p": request.top_p if request.top_p is not None else first.top_p,
+            "quantiles": request.quantiles,
+            "repair": request.repair,
+        },
+        "repaired": repaired,
+        "series": series,
+    }
+
+
+def _series_json(request: ForecastRequest, item: Prepared, values: np.ndarray, window: Window) -> dict[str, Any]:
+    sampling = item.task.sampling
+    levels = np.quantile(values, request.quantiles, axis=0)
+    answer: dict[str, Any] = {
+        "id": item.id,
+        "timestamps": list(item.future),
+        "mean": columns_json(values.mean(axis=0)),
+        "quantiles": {
+            json_safe_level(level): columns_json(table) for level, table in zip(request.quantiles, levels, strict=True)
+        },
+    }
+    if request.return_paths:
+        answer["paths"] = [columns_json(path) for path in values]
+    answer["summary"] = summary(values[:, :, CLOSE], item.candles[:, CLOSE])
+    answer["window"] = {"context_used": window.context_used, "slid": window.slid, "policy": window.policy}
+    answer["parameters"] = {
+        "horizon": item.task.series.horizon,
+        "samples": sampling.samples,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "seed": sampling.seed,
+    }
+    return answer
+
+
+def columns_json(table: np.ndarray) -> dict[str, list[float]]:
+    """[H, 6] → {column: [H]}."""
+    return dict(zip(COLUMNS, table.T.tolist(), strict=True))
+
+
+def repair_candles(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Paths [S, H, 6] as valid candles (high ≥ open, close ≥ low; volume, amount ≥ 0), and how many candles changed."""
+    fixed = values.copy()
+    body = values[:, :, [OPEN, CLOSE]]
+    fixed[:, :, HIGH] = np.maximum(values[:, :, HIGH], body.max(axis=2))
+    fixed[:, :, LOW] = np.minimum(values[:, :, LOW], body.min(axis=2))
+    fixed[:, :, 4:] = np.maximum(values[:, :, 4:], 0.0)
+    return fixed, int((fixed != values).any(axis=2).sum())
+
+
+def summary(closes: np.ndarray, history: np.ndarray) -> dict[str, float | None]:
+    """What the sampled closes [S, H] say against the closes of the history [T].
+
+    expected_return: mean of (last close of a path / last known close) − 1.
+    upside_probability: share of paths whose last close is above the last known one.
+    volatility: mean over paths of the population std of log returns per bar, the step from the last known close
+        included. A path that leaves the positive prices has no log returns and is left out; null if none is left.
+    volatility_amplification_probability: share of paths whose std is above that of the history's last H log returns
+        (all of them, if there are fewer); a path that leaves the positive prices counts as above. null with one bar of
+        history.
+    expected_max_drawdown: mean over paths of the deepest fall from a previous high, as a fraction, from the last known
+        close on.
+    """
+    last = float(history[-1])
+    whole = np.concatenate([np.full((len(closes), 1), last), closes], axis=1)
+    positive = (whole > 0).all(axis=1)
+    spread = np.diff(np.log(whole[positive]), axis=1).std(axis=1)
+    known = np.diff(np.log(history[-(closes.shape[1] + 1) :]))
+    amplified = None
+    if len(known):
+        amplified = (np.count_nonzero(spread > known.std()) + np.count_nonzero(~positive)) / len(closes)
+    peaks = np.maximum.accumulate(whole, axis=1)
+    return {
+        "last_close": last,
+        "expected_return": float((closes[:, -1] / last).mean() - 1.0),
+        "upside_probability": float((closes[:, -1] > last).mean()),
+        "volatility": float(spread.mean()) if len(spread) else None,
+        "volatility_amplification_probability": amplified,
+        "expected_max_drawdown": float((1.0 - whole / peaks).max(axis=1).mean()),
+    }

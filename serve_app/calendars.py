@@ -1,0 +1,207 @@
+"""Future timestamps from the history's: the bar size (given or inferred) and the trading calendar.
+
+What cannot be told from the history is refused, with the remedy; nothing is guessed. Times without a UTC offset are the
+exchange's local time if a calendar is named.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from datetime import timedelta
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+
+from serve_app.errors import clip_text
+from serve_app.times import Times
+
+ALWAYS_OPEN = "24/7"
+DAY = np.timedelta64(1, "D").astype("timedelta64[us]")
+_UNITS = {"s": 1, "sec": 1, "min": 60, "t": 60, "h": 3600, "d": 86400, "day": 86400, "w": 604800, "week": 604800}
+_FREQ = re.compile(r"(\d{0,4})\s*([a-z]+)")
+_GIVE_TIMES = "or give future_timestamps"
+_CHECKED_BARS = 1000
+_FIT_SHARE = 0.9
+"""Share of the history's bars that must lie on the calendar's grid: vendors have the odd auction bar beside it."""
+
+
+class CalendarError(ValueError):
+    """Future times cannot be told. field is the request's field to change: "freq" or "calendar"."""
+
+    def __init__(self, field: str, code: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+        self.code = code
+
+
+def parse_freq(freq: str) -> np.timedelta64:
+    """ "5min", "1h", "D", "2w" → timedelta64[us]. Raises CalendarError."""
+    match = _FREQ.fullmatch(freq.strip().lower())
+    if match is None or match[2] not in _UNITS or match[1] in ("0", "00", "000", "0000"):
+        text = "must be a number and one of s, min, h, d, w, such as 5min or 1d; for months give future_timestamps"
+        raise CalendarError("freq", "unknown_freq", text)
+    return np.timedelta64(int(match[1] or 1) * _UNITS[match[2]], "s").astype("timedelta64[us]")
+
+
+def future_times(history: Times, horizon: int, freq: str | None, calendar: str | None) -> np.ndarray:
+    """The horizon bar times after the history, datetime64[us] on the history's wall clock.
+
+    freq: a bar size as parse_freq reads it; None infers it from the history.
+    calendar: an exchange_calendars name, "24/7", or None: every step of freq is a bar.
+    Raises CalendarError.
+    """
+    local = history.local
+    if calendar is None or calendar == ALWAYS_OPEN:
+        step = parse_freq(freq) if freq else _infer_step(local, gaps_allowed=calendar is not None)
+        future = local[-1] + step * np.arange(1, horizon + 1)
+    else:
+        step = parse_freq(freq) if freq else _infer_step(local, gaps_allowed=True)
+        if step < DAY:
+            future = _intraday(history, horizon, step, calendar)
+        elif step == DAY:
+            future = _daily(local, horizon, calendar)
+        else:
+            text = f"bars of more than a day do not follow a calendar: leave calendar out, {_GIVE_TIMES}"
+            raise CalendarError("calendar", "freq_over_a_day", text)
+    if future[-1] > np.datetime64("9999-12-31") or (np.diff(future) <= np.timedelta64(0)).any():
+        raise CalendarError("freq", "times_out_of_range", "the future timestamps leave the range of dates")
+    return future
+
+
+def _infer_step(local: np.ndarray, *, gaps_allowed: bool) -> np.timedelta64:
+    """The bar size. Without a calendar all steps must be equal; with one, gaps of whole bars are closed hours."""
+    steps = np.diff(local)
+    if len(steps) == 0:
+        raise CalendarError("freq", "freq_ambiguous", f"one bar shows no bar size: give freq, {_GIVE_TIMES}")
+    sizes, counts = np.unique(steps, return_counts=True)
+    step = sizes[counts.argmax()]
+    if len(sizes) == 1:
+        return step
+    if not gaps_allowed:
+        text = (
+            "the history has gaps, so that the next bars cannot be told: give calendar (such as XNYS, XSHG or 24/7), "
+            f"{_GIVE_TIMES}"
+        )
+        raise CalendarError("freq", "freq_ambiguous", text)
+    if step != sizes[0] or counts.max() * 2 <= len(steps):
+        text = f"the history's bars are unevenly spaced: give freq, {_GIVE_TIMES}"
+        raise CalendarError("freq", "freq_ambiguous", text)
+    return step
+
+
+@lru_cache(maxsize=64)
+def _sessions(name: str, first_year: int, last_year: int) -> tuple[np.ndarray, np.ndarray, str, bool]:
+    """(dates datetime64[D] [N], opens and closes datetime64[us] UTC [N, parts, 2], time zone, complete).
+
+    parts is 2 with a lunch break (a session without one has NaT in the second), else 1. complete is False if the
+    calendar ends before last_year does.
+    """
+    # Imported on first use: it costs 0.7 s, and most requests name no calendar.
+    import exchange_calendars
+    from exchange_calendars.errors import InvalidCalendarName
+
+    try:
+        probe = exchange_calendars.get_calendar(name)
+    except InvalidCalendarName:
+        names = exchange_calendars.get_calendar_names(include_aliases=True)
+        close = difflib.get_close_matches(name.upper(), names, n=3, cutoff=0.5) or ["XNYS", "XSHG", ALWAYS_OPEN]
+        text = f"unknown calendar {clip_text(name, 16)!r}: an exchange_calendars name such as {', '.join(close)}"
+        raise CalendarError("calendar", "unknown_calendar", text) from None
+    first, last = pd.Timestamp(first_year, 1, 1), pd.Timestamp(last_year, 12, 31)
+    lower, upper = probe.bound_min(), probe.bound_max()
+    start, end = max(first, lower) if lower is not None else first, min(last, upper) if upper is not None else last
+    if start >= end:
+        raise CalendarError(
+            "calendar", "calendar_out_of_range", f"this calendar does not cover these years: {_GIVE_TIMES[3:]}"
+        )
+    schedule = exchange_calendars.get_calendar(name, start=start, end=end).schedule
+    parts = [(schedule["open"], schedule["close"])]
+    if schedule["break_start"].notna().any():
+        # A session without a break is one part that lasts from open to close.
+        end_of_first = schedule["break_start"].where(schedule["break_start"].notna(), schedule["close"])
+        end_of_second = schedule["close"].where(schedule["break_end"].notna())
+        parts = [(schedule["open"], end_of_first), (schedule["break_end"], end_of_second)]
+    hours = np.stack([np.stack([_utc(opens), _utc(closes)], axis=-1) for opens, closes in parts], axis=1)
+    return schedule.index.to_numpy().astype("datetime64[D]"), hours, str(probe.tz), end == last
+
+
+def _utc(column: pd.Series) -> np.ndarray:
+    return column.dt.tz_convert("UTC").dt.tz_localize(None).to_numpy().astype("datetime64[us]")
+
+
+def _calendar(local: np.ndarray, name: str, spare_years: int) -> tuple[np.ndarray, np.ndarray, str, bool]:
+    first, last = (int(str(moment)[:4]) for moment in (local[max(0, len(local) - _CHECKED_BARS)], local[-1]))
+    if not 1900 <= first <= last <= 2200:
+        raise CalendarError("calendar", "calendar_out_of_range", f"calendars cover 1900 to 2200: {_GIVE_TIMES[3:]}")
+    return _sessions(name, first - 1, last + spare_years)
+
+
+def _daily(local: np.ndarray, horizon: int, name: str) -> np.ndarray:
+    dates, _, _, _ = _calendar(local, name, spare_years=4)
+    day = local[-1].astype("datetime64[D]")
+    following = dates[dates > day][:horizon]
+    _require_enough(following, horizon)
+    return following.astype("datetime64[us]") + (local[-1] - day.astype("datetime64[us]"))
+
+
+def _intraday(history: Times, horizon: int, step: np.timedelta64, name: str) -> np.ndarray:
+    """Bars are labelled by their open or by their close: whichever the history shows."""
+    _, hours, zone, _ = _calendar(history.local, name, spare_years=4)
+    utc = _to_utc(history.local[-_CHECKED_BARS:], history.offset, zone)
+    around = hours[(hours[:, 0, 0] > utc[0] - 7 * DAY)]
+    # Enough for the horizon even if a session had a single bar, and for what lies between.
+    around = around[: int((around[:, 0, 0] <= utc[-1]).sum()) + horizon + 1]
+    grids = [_grid(around, step, right) for right in (False, True)]
+    fits = [np.isin(utc, grid) for grid in grids]
+    shares = [fit.mean() if fit[-1] else 0.0 for fit in fits]
+    # The labels inside a session are the same; its first and last bar tell the two conventions apart.
+    best = [grid for grid, share in zip(grids, shares, strict=True) if share == max(shares) >= _FIT_SHARE]
+    futures = [grid[grid > utc[-1]][:horizon] for grid in best]
+    if not futures:
+        text = f"the history's bars do not fit this calendar's sessions and bar size: check both, {_GIVE_TIMES}"
+        raise CalendarError("calendar", "not_on_calendar", text)
+    for future in futures:
+        _require_enough(future, horizon)
+    if len(futures) == 2 and not np.array_equal(*futures):
+        text = (
+            "the history does not show whether a bar is named by its open or its close: "
+            f"send the first or last bar of a session as well, {_GIVE_TIMES}"
+        )
+        raise CalendarError("calendar", "calendar_ambiguous", text)
+    return _to_local(futures[0], history.offset, zone)
+
+
+def _grid(hours: np.ndarray, step: np.timedelta64, right: bool) -> np.ndarray:
+    """Bar labels of sessions [N, parts, 2], in order: opens of the bars, or (right) their closes."""
+    labels = []
+    for begin, end in hours.reshape(-1, 2):
+        if np.isnat(begin) or np.isnat(end):
+            continue
+        opens = np.arange(begin, end, step)
+        # The last bar of a session may be cut short.
+        labels.append(np.minimum(opens + step, end) if right else opens)
+    return np.concatenate(labels) if labels else np.empty(0, "datetime64[us]")
+
+
+def _to_utc(local: np.ndarray, offset: timedelta | None, zone: str) -> np.ndarray:
+    if offset is not None:
+        return local - np.timedelta64(offset)
+    index = pd.DatetimeIndex(local).tz_localize(zone, ambiguous="NaT", nonexistent="NaT")
+    if index.hasnans:
+        text = f"a bar lies in the hour that the clocks of {zone} skip or repeat: send times with a UTC offset"
+        raise CalendarError("calendar", "not_on_calendar", text)
+    return index.tz_convert("UTC").tz_localize(None).to_numpy().astype("datetime64[us]")
+
+
+def _to_local(utc: np.ndarray, offset: timedelta | None, zone: str) -> np.ndarray:
+    if offset is not None:
+        return utc + np.timedelta64(offset)
+    return pd.DatetimeIndex(utc, tz="UTC").tz_convert(zone).tz_localize(None).to_numpy().astype("datetime64[us]")
+
+
+def _require_enough(future: np.ndarray, horizon: int) -> None:
+    if len(future) < horizon:
+        text = f"this calendar ends after {len(future)} more bars: {_GIVE_TIMES[3:]}, or a shorter horizon"
+        raise CalendarError("calendar", "calendar_out_of_range", text)

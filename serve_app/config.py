@@ -1,0 +1,224 @@
+"""AppConfig: the `args:` of serve_config.yaml. Unknown keys are errors that name the nearest known one, at every level.
+
+Environment variables are applied on top by serve_app.environment, once, when the application is built.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,4})?")
+BUNDLED_ALIAS = "kronos-bundled"
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint such as ", did you mean 'models'?"; the list of what is known if nothing is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+class Strict(BaseModel):
+    """A section of the configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    hint = nearest(str(key), list(cls.model_fields))
+                    raise PydanticCustomError(
+                        "unknown_key", "unknown key {key}{hint}", {"key": repr(key), "hint": hint}
+                    )
+        return data
+
+
+def _public_name(source: str) -> str:
+    """A local folder's path is nobody's business, and a relative one may look like a repository."""
+    is_repo = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) and not os.path.isdir(source)
+    return source if source == "bundled" or is_repo else "local"
+
+
+def _check_device(device: str) -> str:
+    if not DEVICE.fullmatch(device):
+        raise ValueError("must be auto, cpu, cuda, cuda:N (N = 0, 1, …) or mps")
+    return device
+
+
+Device = Annotated[str, AfterValidator(_check_device)]
+
+
+class ModelConfig(Strict):
+    """Where a model comes from and how it runs.
+
+    source: "bundled", a local folder (that holds model/ and tokenizer/, or a model folder with `tokenizer` given), or a
+        Hub repository "org/name".
+    revision, tokenizer_revision: a commit, tag or branch; Hub repositories only.
+    device: what to run on where the replica group leaves a choice; a CPU group always runs on the CPU.
+    max_context: bars that the model sees at once.
+    always_on: loaded and warmed up when a replica starts, and waited for by /v1/readyz; otherwise on first use.
+    """
+
+    source: str = Field(min_length=1)
+    revision: str | None = None
+    tokenizer: str | None = None
+    tokenizer_revision: str | None = None
+    device: Device = "auto"
+    max_context: int = Field(default=512, ge=1, le=65536)
+    always_on: bool = False
+
+    @property
+    def repo(self) -> str:
+        """What may be shown of the source: "bundled", the repository, or "local"."""
+        return _public_name(self.source)
+
+    @property
+    def tokenizer_repo(self) -> str | None:
+        return None if self.tokenizer is None else _public_name(self.tokenizer)
+
+
+class Autoscaling(Strict):
+    """Replicas follow the number of requests that are waiting or running."""
+
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(ge=1)
+    target_ongoing_requests: float = Field(default=2.0, gt=0)
+    upscale_delay_s: float = Field(default=10.0, ge=0)
+    downscale_delay_s: float = Field(default=300.0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Autoscaling:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError("min_replicas is above max_replicas")
+        return self
+
+
+class GroupConfig(Strict):
+    """One replica group.
+
+    num_cpus: CPUs that Ray reserves per replica; also the number of threads torch computes with (at least 1).
+    replicas: a fixed number, or give `autoscaling` instead.
+    workers: forecasts that a replica computes at the same time; others wait in its queue.
+    max_queued_series: a replica whose queue is that long refuses with 429.
+    """
+
+    num_cpus: float = Field(default=1.0, gt=0)
+    replicas: int | None = Field(default=None, ge=1)
+    autoscaling: Autoscaling | None = None
+    workers: int = Field(default=2, ge=1, le=64)
+    max_queued_series: int = Field(default=2048, ge=1)
+
+    @model_validator(mode="after")
+    def _one_way_to_scale(self) -> GroupConfig:
+        if self.replicas is not None and self.autoscaling is not None:
+            raise ValueError("give either replicas or autoscaling, not both")
+        return self
+
+
+class CpuGroupConfig(GroupConfig):
+    """The CPU group. It never touches a GPU."""
+
+    num_gpus: float = Field(default=0.0, ge=0, le=0)
+
+
+class GpuGroupConfig(GroupConfig):
+    """The GPU group.
+
+    mode: "auto" runs it if the cluster has the GPUs, "fixed" always asks Ray for them (so that a node autoscaler sees
+        the demand), "off" never.
+    num_gpus: GPUs per replica; a fraction shares one.
+    """
+
+    mode: Literal["auto", "fixed", "off"] = "auto"
+    num_gpus: float = Field(default=1.0, gt=0)
+
+
+class GroupsConfig(Strict):
+    gpu: GpuGroupConfig = GpuGroupConfig()
+    cpu: CpuGroupConfig = CpuGroupConfig()
+
+
+class IngressConfig(Strict):
+    """The HTTP side. /v1/metrics counts per process: with more than one replica, each answers with its own numbers."""
+
+    num_cpus: float = Field(default=0.1, ge=0)
+    replicas: int = Field(default=1, ge=1)
+
+
+class Limits(Strict):
+    """What a client may ask for, and how long anything may take. Published at /v1/info."""
+
+    max_request_mb: float = Field(default=32.0, gt=0)
+    max_series: int = Field(default=512, ge=1)
+    max_history: int = Field(default=2048, ge=1)
+    max_horizon: int = Field(default=512, ge=1)
+    max_samples: int = Field(default=512, ge=1)
+    max_quantiles: int = Field(default=32, ge=1)
+    max_cost: int = Field(default=262_144, ge=1, description="samples × horizon, summed over the series")
+    request_timeout_s: float = Field(default=120.0, gt=0)
+    inference_timeout_s: float = Field(default=110.0, gt=0)
+    replica_wait_s: float = Field(default=20.0, ge=0, description="wait for a replica if there is none, then 503")
+    load_wait_s: float = Field(default=10.0, ge=0, description="wait for a model that is being loaded, then 503")
+    load_retry_s: float = Field(default=30.0, gt=0, description="pause before a failed checkpoint is tried again")
+    rate_limit_per_minute: int = Field(default=0, ge=0, description="forecast requests per client address; 0 is off")
+    security_enabled: bool = Field(default=True, description="the rate limit and the watch for suspicious requests")
+
+
+class Defaults(Strict):
+    """What a request that does not say gets. pred_len is the horizon of a /v1/forecast that names none."""
+
+    pred_len: int = Field(default=24, ge=1)
+    temperature: float = Field(default=1.0, ge=0, le=100)
+    top_k: int = Field(default=0, ge=0)
+    top_p: float = Field(default=0.9, gt=0, le=1)
+    sample_count: int = Field(default=1, ge=1)
+
+
+class AppConfig(Strict):
+    """The whole application. See serve_config.yaml for an example with comments."""
+
+    models: dict[str, ModelConfig] = Field(
+        default_factory=lambda: {BUNDLED_ALIAS: ModelConfig(source="bundled", always_on=True)}, min_length=1
+    )
+    default_model: str = BUNDLED_ALIAS
+    hybrid: bool = False
+    groups: GroupsConfig = GroupsConfig()
+    ingress: IngressConfig = IngressConfig()
+    limits: Limits = Limits()
+    defaults: Defaults = Defaults()
+    clip: float = Field(default=5.0, gt=0)
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AppConfig:
+        for alias in self.models:
+            if not ALIAS.fullmatch(alias):
+                raise ValueError(f"model name {alias[:64]!r} must match {ALIAS.pattern}")
+        if self.default_model not in self.models:
+            raise ValueError(
+                f"default_model {self.default_model!r} is not in models{nearest(self.default_model, list(self.models))}"
+            )
+        for field, default, limit in (
+            ("pred_len", self.defaults.pred_len, self.limits.max_horizon),
+            ("sample_count", self.defaults.sample_count, self.limits.max_samples),
+        ):
+            if default > limit:
+                raise ValueError(f"defaults.{field} is {default}, over the limit of {limit}")
+        return self
+
+    def is_always_on(self, alias: str) -> bool:
+        """The default model is always on, whether it says so or not: it is what /v1/predict answers with."""
+        return alias == self.default_model or self.models[alias].always_on
+
+    @property
+    def always_on(self) -> list[str]:
+        return [alias for alias in self.models if self.is_always_on(alias)]

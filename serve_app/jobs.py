@@ -1,0 +1,157 @@
+"""What travels between the ingress and a replica, and what the ingress expects of whoever computes. numpy only.
+
+The ingress is written against Backend, the replica against Engine: both are tested without Ray and without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from model.types import Paths, Sampling, Series, StepCallback, StopCheck
+
+
+@dataclass(frozen=True)
+class Task:
+    """One series of a job. The seed is drawn before dispatch, so that a retry gives the numbers of the first try."""
+
+    series: Series
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Job:
+    """The computing part of one HTTP request.
+
+    timeout_s: counted from when the replica receives the job (clocks of two hosts may differ).
+    """
+
+    request_id: str
+    model: str
+    tasks: tuple[Task, ...]
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which weights answered."""
+
+    id: str
+    repo: str
+    revision: str | None
+    sha256: str
+    parameters: int
+    max_context: int
+    model_version: str
+    tokenizer_version: str
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What a replica computes on, and why."""
+
+    device: str
+    device_type: str
+    device_name: str
+    precision: str
+    precision_reason: str
+    gpu_available: bool
+    cuda_available: bool
+    mps_available: bool
+    device_warning: str | None = None
+
+    @property
+    def backend(self) -> str:
+        """The value of X-Backend-Used."""
+        return "cpu" if self.device_type == "cpu" else "gpu"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A job that was computed. Milliseconds: waiting for a worker, joining a batch, computing."""
+
+    paths: tuple[Paths, ...]
+    identity: Identity
+    device: DeviceFacts
+    replica_id: str
+    queue_ms: float = 0.0
+    batch_ms: float = 0.0
+    compute_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A job that was not. code is a key of serve_app.errors.STATUS.
+
+    A value, not an exception: it crosses processes unchanged, and Ray logs no stack for what is a client's matter.
+    task, column, row: where in the input, for code "invalid_fields"; rule is the name of what was broken.
+    """
+
+    code: str
+    message: str
+    retry_after_s: float | None = None
+    rule: str | None = None
+    task: int | None = None
+    column: str | None = None
+    row: int | None = None
+
+
+class Engine(Protocol):
+    """One model on one device."""
+
+    identity: Identity
+    device: DeviceFacts
+
+    def forecast(
+        self,
+        series: Series,
+        sampling: Sampling,
+        *,
+        should_stop: StopCheck | None = None,
+        on_step: StepCallback | None = None,
+    ) -> Paths:
+        """Blocks until all paths are there. Raises InputError, ForecastCancelledError once should_stop() is true."""
+
+
+EngineFactory = Callable[[str, str], Engine]
+"""(alias, replica group) → a loaded engine; blocks. Raises model.errors.CheckpointError."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a backend gives back: the result, and what happened on the way."""
+
+    done: Done
+    group: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ReplicaView:
+    """One live replica, as the last news from it says."""
+
+    replica_id: str
+    group: str
+    node: str
+    pid: int
+    device: DeviceFacts
+    queued: int = 0
+    running_rows: int = 0
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """Who computes for the ingress."""
+
+    device_warning: str | None
+    """Why forecasts run on the CPU although a GPU was wanted; None if nothing was given up."""
+
+    async def forecast(self, job: Job, prefer: str | None) -> Answered:
+        """prefer: "cpu" or "gpu" for a replica group, None for the usual order. Raises ServiceError."""
+
+    def replicas(self) -> Sequence[ReplicaView]:
+        """All live replicas of all groups. Costs no remote call."""
+
+    def groups(self) -> Sequence[str]:
+        """Names of the groups that were planned, in the order of preference."""

@@ -1,0 +1,126 @@
+"""Around every request: its id, its metrics, its log line, and the answer to what nobody caught. Plain ASGI."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.errors import ServiceError
+from serve_app.logs import log
+from serve_app.metrics import Metrics
+
+MAX_REQUEST_ID = 64
+NOTHING_COMPUTED = "queue;dur=0.00, batch;dur=0.00, compute;dur=0.00"
+CLIENT_GONE = 499
+"""Status in log and metrics of a request whose client closed the connection; nothing is sent."""
+
+
+@dataclass
+class Record:
+    """What is known of a request while it is answered; becomes its log line."""
+
+    request_id: str
+    route: str
+    started: float = field(default_factory=time.monotonic)
+    status: int = 0
+    request_size_bytes: int = 0
+    response_size_bytes: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
+def request_id_of(headers: Headers) -> str:
+    """The caller's X-Request-ID if it is short and printable, else a new one."""
+    given = headers.get("x-request-id", "")
+    usable = 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable() and " " not in given
+    return given if usable else uuid.uuid4().hex
+
+
+class RequestContext:
+    """Puts a Record into scope["state"]["record"], and closes it when the answer is out."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: frozenset[str], behind_serve: bool = False) -> None:
+        """behind_serve: Ray's proxy adds the caller's X-Request-ID to every answer, so ours would be there twice."""
+        self.app = app
+        self.metrics = metrics
+        self.routes = routes
+        self.behind_serve = behind_serve
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        # Labels come from a fixed list: a scanner must not grow the metrics.
+        route = path if path in self.routes else "unmatched"
+        headers = Headers(scope=scope)
+        record = Record(request_id_of(headers), route)
+        add_id = not self.behind_serve or headers.get("x-request-id") != record.request_id
+        scope.setdefault("state", {})["record"] = record
+        if route == "unmatched" and (".." in path or "\\" in path or not path.isprintable()):
+            self.metrics.security_event("suspicious_path")
+
+        async def send_recorded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                answer = MutableHeaders(scope=message)
+                if add_id:
+                    answer["X-Request-ID"] = record.request_id
+                answer.setdefault("Server-Timing", NOTHING_COMPUTED)
+            elif message["type"] == "http.response.body":
+                record.response_size_bytes += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_recorded)
+        except asyncio.CancelledError:
+            record.status = CLIENT_GONE
+            record.details.update(error_type="client_gone", error_message="the client closed the connection")
+            raise
+        except Exception as error:
+            # The last line of defence: a client never sees a stack, the log always does.
+            record.details.update(error_type=type(error).__name__, error_message=str(error)[:500])
+            logging.getLogger("kronos").exception(
+                "unhandled error", extra={"fields": {"request_id": record.request_id}}
+            )
+            if record.status:
+                raise  # the answer has begun; only closing the connection tells the client that it is not whole
+            await _send_error(send_recorded, ServiceError("internal", "internal error; quote the request id"), record)
+        finally:
+            self._close(record, scope)
+
+    def _close(self, record: Record, scope: Scope) -> None:
+        seconds = record.seconds()
+        self.metrics.requests.labels(record.route, str(record.status)).inc()
+        self.metrics.duration.labels(record.route).observe(seconds)
+        # Probes and scrapes come every few seconds: their lines would drown the others.
+        level = logging.DEBUG if scope["method"] == "GET" and record.route != "unmatched" else logging.INFO
+        log(
+            level,
+            "request",
+            request_id=record.request_id,
+            method=scope["method"],
+            route=record.route,
+            status_code=record.status,
+            latency_ms=round(seconds * 1000, 2),
+            request_size_bytes=record.request_size_bytes,
+            response_size_bytes=record.response_size_bytes,
+            **record.details,
+        )
+
+
+async def _send_error(send: Send, error: ServiceError, record: Record) -> None:
+    body = json.dumps(error.body(record.request_id)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,200 @@
+"""What the service says about itself: readiness, health, models, replicas, settings. No remote call, path or secret."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import psutil
+
+from serve_app import schemas
+from serve_app.config import AppConfig
+from serve_app.jobs import Backend, ReplicaView
+
+_STATES = ("loaded", "loading", "failed", "idle")
+"""Of a model over all replicas: the first that any replica reports."""
+
+ROUTES = (
+    "/v1/forecast",
+    "/v1/predict/single",
+    "/v1/predict/batch",
+    "/v1/models",
+    "/v1/replicas",
+    "/v1/readyz",
+    "/v1/healthz",
+    "/v1/healthz/detailed",
+    "/v1/info",
+    "/v1/metrics",
+    "/docs",
+)
+
+
+def joined(*warnings: str | None) -> str | None:
+    """Several warnings as one, each once; None if there is none."""
+    return "; ".join(dict.fromkeys(warning for warning in warnings if warning)) or None
+
+
+def public_settings(config: AppConfig) -> dict[str, Any]:
+    """The effective configuration without local paths: /v1/models shows the checksum of what a folder holds."""
+    settings = config.model_dump(mode="json")
+    for alias, model in config.models.items():
+        settings["models"][alias]["source"] = model.repo
+        settings["models"][alias]["tokenizer"] = model.tokenizer_repo
+    return settings
+
+
+class Status:
+    """Reads the backend's listing, which is kept up to date without our asking."""
+
+    def __init__(self, backend: Backend, config: AppConfig, warnings: Sequence[str]) -> None:
+        self.backend = backend
+        self.config = config
+        self.warnings = tuple(warnings)
+        self.started = time.monotonic()
+
+    def _ordered(self) -> list[ReplicaView]:
+        order = {name: i for i, name in enumerate(self.backend.groups())}
+        return sorted(self.backend.replicas(), key=lambda view: (order.get(view.group, len(order)), view.replica_id))
+
+    def readiness(self) -> tuple[dict[str, Any], bool]:
+        views = self._ordered()
+        states = {alias: _state(views, alias) for alias in self.config.always_on}
+        ready = all(state == "loaded" for state in states.values())
+        first = views[0].device if views else None
+        body = {
+            "status": "ok" if ready else "loading",
+            "model_loaded": states[self.config.default_model] == "loaded",
+            "device": first.device if first else None,
+            "device_warning": joined(self.backend.device_warning, first.device_warning if first else None),
+            "models": [{"id": alias, "state": state} for alias, state in states.items()],
+        }
+        return body, ready
+
+    def health(self) -> dict[str, Any]:
+        views = self._ordered()
+        default = self.config.default_model
+        loaded = _state(views, default) == "loaded"
+        facts = next((view.models[default] for view in views if _state([view], default) == "loaded"), {})
+        process, system, disk = psutil.Process(), psutil.virtual_memory(), psutil.disk_usage("/")
+        memory_ok, disk_ok = system.percent < 95, disk.percent < 95
+        device = views[0].device if views else None
+        return {
+            "status": "healthy" if loaded and memory_ok and disk_ok else "degraded",
+            "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+            "uptime_seconds": round(time.monotonic() - self.started, 1),
+            "checks": {
+                "model": {"status": _word(loaded), "loaded": loaded, "version": facts.get("model_version")},
+                "memory": {
+                    "status": _word(memory_ok),
+                    "process_mb": _mb(process.memory_info().rss),
+                    "system_total_mb": _mb(system.total),
+                    "system_available_mb": _mb(system.available),
+                    "system_percent": system.percent,
+                },
+                "disk": {
+                    "status": _word(disk_ok),
+                    "total_gb": round(disk.total / 2**30, 2),
+                    "free_gb": round(disk.free / 2**30, 2),
+                    "percent": disk.percent,
+                },
+            },
+            "device": {
+                name: getattr(device, name) if device else None
+                for name in (
+                    "device_type",
+                    "device_name",
+                    "gpu_available",
+                    "cuda_available",
+                    "mps_available",
+                    "precision",
+                    "precision_reason",
+                )
+            },
+        }
+
+    def models(self) -> list[dict[str, Any]]:
+        views = self._ordered()
+        answer = []
+        for alias, settings in self.config.models.items():
+            loaded = [view for view in views if _state([view], alias) == "loaded"]
+            facts: Mapping[str, Any] = loaded[0].models[alias] if loaded else {}
+            failed = next(
+                (view.models[alias].get("error") for view in views if _state([view], alias) == "failed"), None
+            )
+            state = _state(views, alias)
+            answer.append(
+                {
+                    "id": alias,
+                    "repo": settings.repo,
+                    "revision": facts.get("revision") or settings.revision,
+                    "sha256": facts.get("sha256"),
+                    "parameters": facts.get("parameters"),
+                    "context": settings.max_context,
+                    "groups": sorted({view.group for view in loaded}),
+                    "replicas": len(loaded),
+                    "state": state,
+                    "default": alias == self.config.default_model,
+                    "always_on": self.config.is_always_on(alias),
+                    "error": failed if state == "failed" else None,
+                }
+            )
+        return answer
+
+    def replicas(self) -> list[dict[str, Any]]:
+        return [self._replica(view) for view in self._ordered()]
+
+    def _replica(self, view: ReplicaView) -> dict[str, Any]:
+        loaded = [alias for alias in self.config.models if _state([view], alias) == "loaded"]
+        loaded.sort(key=lambda alias: alias != self.config.default_model)
+        warming = any(_state([view], alias) != "loaded" for alias in self.config.always_on)
+        return {
+            "replica_id": view.replica_id,
+            "model": loaded[0] if loaded else None,
+            "models": loaded,
+            "group": view.group,
+            "node": view.node,
+            "pid": view.pid,
+            "device": view.device.device,
+            "device_name": view.device.device_name,
+            "precision": view.device.precision,
+            "precision_reason": view.device.precision_reason,
+            "device_warning": joined(self.backend.device_warning, view.device.device_warning),
+            "state": "loading" if warming else "running",
+            "queued": view.queued,
+            "running_rows": view.running_rows,
+            "cache_slots_used": None,
+            "cache_slots_free": None,
+        }
+
+    def info(self) -> dict[str, Any]:
+        settings = public_settings(self.config)
+        return {
+            "name": "kronos-ray-serve",
+            "version": schemas.API_VERSION,
+            "default_model": self.config.default_model,
+            "limits": settings["limits"],
+            "defaults": settings["defaults"],
+            "groups": list(self.backend.groups()),
+            "device_warning": self.backend.device_warning,
+            "warnings": list(self.warnings),
+            "metrics": "per ingress process" if self.config.ingress.replicas > 1 else "whole service",
+            "settings": settings,
+        }
+
+    def index(self) -> dict[str, Any]:
+        return {"name": "kronos-ray-serve", "version": schemas.API_VERSION, "routes": list(ROUTES)}
+
+
+def _state(views: Sequence[ReplicaView], alias: str) -> str:
+    reported = {view.models.get(alias, {}).get("state", "idle") for view in views}
+    return next((state for state in _STATES if state in reported), "idle")
+
+
+def _word(ok: bool) -> str:
+    return "healthy" if ok else "degraded"
+
+
+def _mb(size: int) -> float:
+    return round(size / 2**20, 1)

@@ -1,0 +1,156 @@
+"""The service's routes without Ray: a backend that answers at once, and a client that calls the app in-process."""
+
+import asyncio
+import json
+
+import httpx
+import numpy as np
+import pytest
+
+from model.types import Paths, Window
+from serve_app.config import AppConfig
+from serve_app.ingress import create_app
+from serve_app.jobs import Answered, DeviceFacts, Done, Identity, ReplicaView
+
+DEVICE = DeviceFacts(
+    device="cpu",
+    device_type="cpu",
+    device_name="a processor",
+    precision="fp32",
+    precision_reason="exact",
+    gpu_available=False,
+    cuda_available=False,
+    mps_available=False,
+)
+IDENTITY = Identity(
+    id="kronos-bundled",
+    repo="bundled",
+    revision=None,
+    sha256="0" * 64,
+    parameters=1000,
+    max_context=512,
+    model_version="bundled-model+0",
+    tokenizer_version="bundled-tokenizer+0",
+)
+LOADED = {
+    "state": "loaded",
+    "revision": None,
+    "sha256": "0" * 64,
+    "parameters": 1000,
+    "model_version": "bundled-model+0",
+}
+
+
+def fake_paths(task):
+    """Path s stays s/1000 above the last bar; the seed moves it all, so that a test sees which seed was used."""
+    samples, horizon = task.sampling.samples, task.series.horizon
+    last = task.series.candles[-1].astype(np.float64)
+    up = 1 + np.arange(samples)[:, None, None] / 1000 + (task.sampling.seed % 1000) / 1e6
+    values = np.broadcast_to(last * up, (samples, horizon, 6)).copy()
+    return Paths(values, np.zeros((samples, horizon, 2), np.int64), Window(min(len(task.series.candles), 512), False))
+
+
+class FakeBackend:
+    """Answers with fake_paths. `error` is raised instead; `delay_s` passes first; `jobs` holds what was asked."""
+
+    def __init__(self, *, error=None, delay_s=0.0, loaded=True, device_warning=None):
+        self.error, self.delay_s, self.loaded, self.device_warning = error, delay_s, loaded, device_warning
+        self.jobs, self.preferred, self.cancelled = [], [], 0
+
+    async def forecast(self, job, prefer):
+        self.jobs.append(job)
+        self.preferred.append(prefer)
+        try:
+            await asyncio.sleep(self.delay_s)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.error is not None:
+            raise self.error
+        done = Done(tuple(fake_paths(task) for task in job.tasks), IDENTITY, DEVICE, "replica", 1.0, 0.5, 20.0)
+        warnings = () if prefer in (None, "cpu") else (f"the {prefer} group is not here",)
+        return Answered(done, "cpu", warnings)
+
+    def replicas(self):
+        models = {"kronos-bundled": LOADED if self.loaded else {"state": "loading"}}
+        return [ReplicaView("abc", "cpu", "node", 17, DEVICE, queued=1, running_rows=2, models=models)]
+
+    def groups(self):
+        return ["cpu"]
+
+
+class InProcess:
+    """Calls an ASGI app; every call runs in an event loop of its own."""
+
+    def __init__(self, app):
+        self.app = app
+
+    def request(self, method, path, **kwargs):
+        async def go():
+            transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await client.request(method, path, **kwargs)
+
+        return asyncio.run(go())
+
+    def get(self, path, **kwargs):
+        return self.request("GET", path, **kwargs)
+
+    def post(self, path, body=None, *, raw=None, headers=None):
+        content = raw if raw is not None else json.dumps(body)
+        return self.request(
+            "POST", path, content=content, headers={"content-type": "application/json", **(headers or {})}
+        )
+
+
+@pytest.fixture
+def fake_backend():
+    """FakeBackend, to be made with a test's own settings."""
+    return FakeBackend
+
+
+@pytest.fixture
+def make_http():
+    """(backend, args of AppConfig) → a client of the app over it."""
+
+    def make(backend=None, warnings=(), **config):
+        return InProcess(create_app(backend or FakeBackend(), AppConfig(**config), warnings))
+
+    return make
+
+
+@pytest.fixture
+def http(make_http):
+    return make_http()
+
+
+@pytest.fixture
+def columns():
+    """bars → the columns of one valid series of hourly bars, as JSON values."""
+
+    def make(bars=8):
+        close = [100.0 + i for i in range(bars)]
+        return {
+            "timestamps": [f"2024-01-{1 + i // 24:02d}T{i % 24:02d}:00:00Z" for i in range(bars)],
+            "open": close,
+            "high": [price + 1 for price in close],
+            "low": [price - 1 for price in close],
+            "close": close,
+        }
+
+    return make
+
+
+@pytest.fixture
+def candle_items():
+    """(bars, horizon) → a valid body of /v1/predict/single."""
+
+    def make(bars=8, horizon=3):
+        candles = [{"open": 100.0 + i, "high": 102.0 + i, "low": 99.0 + i, "close": 101.0 + i} for i in range(bars)]
+        return {
+            "candles": candles,
+            "timestamps": [f"2024-01-01 {i:02d}:00:00" for i in range(bars)],
+            "prediction_timestamps": [f"2024-01-01 {bars + i:02d}:00:00" for i in range(horizon)],
+        }
+
+    return make

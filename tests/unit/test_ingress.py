@@ -1,0 +1,431 @@
+"""The routes of wire.md over a fake backend."""
+
+import json
+import math
+import re
+
+import pytest
+
+from serve_app.errors import ServiceError
+
+
+def codes(response):
+    return [(tuple(field["loc"]), field["code"]) for field in response.json()["error"]["fields"]]
+
+
+def assert_error(response, status, code):
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error", "detail"}
+    assert set(body["error"]) == {"code", "message", "request_id", "fields"}
+    assert body["error"]["code"] == code
+    assert body["detail"] == body["error"]["message"]
+    assert body["error"]["request_id"] == response.headers["x-request-id"]
+    assert len(body["error"]["fields"]) <= 20
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_predict_single(http, candle_items):
+    response = http.post("/v1/predict/single", candle_items(8, 3))
+    assert response.status_code == 200
+    body = response.json()
+    assert set(body) == {
+        "series_id", "prediction", "model_version", "tokenizer_version", "device", "device_warning",
+    }  # fmt: skip
+    assert body["series_id"] is None
+    assert [row["timestamp"] for row in body["prediction"]] == [f"2024-01-01 {hour:02d}:00:00" for hour in (8, 9, 10)]
+    assert set(body["prediction"][0]) == {"timestamp", "open", "high", "low", "close", "volume", "amount"}
+    assert response.headers["x-backend-used"] == "cpu"
+    assert re.fullmatch(r"queue;dur=1\.00, batch;dur=0\.50, compute;dur=20\.00", response.headers["server-timing"])
+
+
+def test_predict_single_returns_the_mean_over_samples(http, candle_items):
+    body = candle_items(8, 2)
+    body["overrides"] = {"sample_count": 3}
+    close = http.post("/v1/predict/single", body).json()["prediction"][0]["close"]
+    # Paths lie 0, 1 and 2 thousandths above the last close, and up to 1 thousandth more by the seed.
+    assert 108 * 1.001 <= close <= 108 * 1.0021
+
+
+def test_predict_batch_is_a_bare_list_in_order(http, candle_items):
+    items = [dict(candle_items(4 + i, 1 + i), series_id=f"s{i}") for i in range(3)]
+    items[1]["overrides"] = {"pred_len": 2, "temperature": 0.5}
+    body = http.post("/v1/predict/batch", {"items": items}).json()
+    assert [answer["series_id"] for answer in body] == ["s0", "s1", "s2"]
+    assert [len(answer["prediction"]) for answer in body] == [1, 2, 3]
+
+
+def test_forecast(http, columns):
+    series = dict(columns(8), id="one")
+    request = {
+        "model": "kronos-bundled",
+        "series": [series],
+        "horizon": 4,
+        "freq": None,
+        "calendar": None,
+        "future_timestamps": None,
+        "samples": 30,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 0.9,
+        "seed": 7,
+        "quantiles": [0.1, 0.5, 0.9],
+        "return_paths": False,
+        "repair": "off",
+        "stream": False,
+        "deadline_ms": 30000,
+    }
+    body = http.post("/v1/forecast", request).json()
+    assert set(body) == {
+        "model", "device", "device_warning", "precision", "window", "seed", "parameters", "repaired", "series",
+    }  # fmt: skip
+    assert body["model"] == {"id": "kronos-bundled", "repo": "bundled", "revision": None, "sha256": "0" * 64}
+    assert body["window"] == {"context_used": 8, "slid": False, "policy": "exact"}
+    assert body["seed"] == 7
+    assert body["repaired"] == 0
+    (answer,) = body["series"]
+    assert answer["id"] == "one"
+    assert answer["timestamps"] == [f"2024-01-01T{hour:02d}:00:00Z" for hour in (8, 9, 10, 11)]
+    assert list(answer["mean"]) == ["open", "high", "low", "close", "volume", "amount"]
+    assert list(answer["quantiles"]) == ["0.1", "0.5", "0.9"]
+    assert "paths" not in answer
+    assert set(answer["summary"]) == {
+        "last_close", "expected_return", "upside_probability", "volatility",
+        "volatility_amplification_probability", "expected_max_drawdown",
+    }  # fmt: skip
+    assert answer["summary"]["last_close"] == 107.0
+    low, middle, high = (answer["quantiles"][level]["close"][0] for level in ("0.1", "0.5", "0.9"))
+    assert low < middle < high
+
+
+def test_forecast_returns_paths_and_a_drawn_seed(http, columns):
+    request = {"series": [columns()], "horizon": 2, "samples": 3, "return_paths": True}
+    body = http.post("/v1/forecast", request).json()
+    (answer,) = body["series"]
+    assert answer["id"] == "0"
+    assert len(answer["paths"]) == 3
+    assert len(answer["paths"][0]["close"]) == 2
+    again = http.post("/v1/forecast", {**request, "seed": body["seed"]}).json()
+    assert again["series"] == body["series"]
+
+
+def test_forecast_per_series_settings_win(make_http, fake_backend, columns):
+    backend = fake_backend()
+    series = [columns(), dict(columns(), horizon=5, samples=2, temperature=0.5, seed=3)]
+    body = make_http(backend).post("/v1/forecast", {"series": series, "horizon": 2, "samples": 4, "seed": 1}).json()
+    first, second = (task.sampling for task in backend.jobs[0].tasks)
+    assert (first.samples, first.temperature, first.seed) == (4, 1.0, 1)
+    assert (second.samples, second.temperature, second.seed) == (2, 0.5, 3)
+    assert [len(answer["timestamps"]) for answer in body["series"]] == [2, 5]
+    assert body["series"][1]["parameters"] == {
+        "horizon": 5, "samples": 2, "temperature": 0.5, "top_k": 0, "top_p": 0.9, "seed": 3,
+    }  # fmt: skip
+
+
+def test_the_servers_defaults(make_http, fake_backend, columns, candle_items):
+    backend = fake_backend()
+    defaults = {"pred_len": 5, "temperature": 0.6, "top_k": 4, "top_p": 0.8, "sample_count": 3}
+    http = make_http(backend, defaults=defaults)
+    body = http.post("/v1/forecast", {"series": [columns()]}).json()
+    assert len(body["series"][0]["timestamps"]) == 5
+    http.post("/v1/predict/single", dict(candle_items(8, 3), overrides={"top_p": 0.7}))
+    forecast, predict = (job.tasks[0].sampling for job in backend.jobs)
+    assert (forecast.temperature, forecast.top_k, forecast.top_p, forecast.samples) == (0.6, 4, 0.8, 3)
+    assert (predict.temperature, predict.top_k, predict.top_p, predict.samples) == (0.6, 4, 0.7, 3)
+
+
+def test_amount_follows_from_volume_if_no_bar_has_one(make_http, fake_backend, candle_items):
+    backend = fake_backend()
+    http = make_http(backend)
+    body = candle_items(2, 1)
+    for candle in body["candles"]:
+        candle["volume"] = 10
+    http.post("/v1/predict/single", body)
+    body["candles"][1]["amount"] = 7
+    http.post("/v1/predict/single", body)
+    derived, given = (job.tasks[0].series.candles[:, 5].tolist() for job in backend.jobs)
+    assert derived == [10 * 100.5, 10 * 101.5]
+    assert given == [0, 7]
+
+
+def test_repair_makes_valid_candles_and_counts_them(make_http, fake_backend, columns):
+    class Wild(fake_backend):
+        async def forecast(self, job, prefer):
+            answered = await super().forecast(job, prefer)
+            for paths in answered.done.paths:
+                paths.values[0, 0] = [100, 90, 110, 105, -5, 1]
+            return answered
+
+    request = {"series": [columns()], "horizon": 2, "return_paths": True, "repair": "ohlc"}
+    body = make_http(Wild()).post("/v1/forecast", request).json()
+    path = body["series"][0]["paths"][0]
+    assert [path[name][0] for name in path] == [100, 105, 100, 105, 0, 1]
+    assert body["repaired"] == 1
+
+
+def test_constant_prices(http, columns):
+    series = columns()
+    for name in ("open", "high", "low", "close"):
+        series[name] = [5.0] * 8
+    response = http.post("/v1/forecast", {"series": [series], "horizon": 3})
+    assert response.status_code == 200
+    assert all(math.isfinite(value) for value in response.json()["series"][0]["summary"].values())
+
+
+def test_the_device_header_reaches_the_backend_and_its_absence_is_said(make_http, fake_backend, candle_items):
+    backend = fake_backend(device_warning="no GPU")
+    http = make_http(backend)
+    body = http.post("/v1/predict/single", candle_items(), headers={"X-Kronos-Device": "gpu"}).json()
+    assert backend.preferred == ["gpu"]
+    assert body["device_warning"] == "no GPU; the gpu group is not here"
+    response = http.post("/v1/predict/single", candle_items(), headers={"X-Kronos-Device": "tpu"})
+    assert_error(response, 422, "invalid_fields")
+    assert codes(response) == [(("header", "X-Kronos-Device"), "unknown_value")]
+
+
+def test_request_id_is_kept_if_it_is_short_and_printable(http):
+    headers = http.get("/v1/healthz", headers={"x-request-id": "abc-1"}).headers
+    assert headers["x-request-id"] == "abc-1"
+    assert headers["server-timing"] == "queue;dur=0.00, batch;dur=0.00, compute;dur=0.00"
+    for bad in ("x" * 65, "a b", "caf\u00e9".encode("latin-1")):
+        made = http.get("/v1/healthz", headers={"x-request-id": bad}).headers["x-request-id"]
+        assert re.fullmatch(r"[0-9a-f]{32}", made)
+
+
+# --- what the service says of itself ----------------------------------------------------------------------------------
+
+
+def test_health_and_readiness(make_http, fake_backend):
+    ready, loading = make_http(), make_http(fake_backend(loaded=False))
+    assert ready.get("/v1/healthz").json() == {"status": "ok"}
+    response = ready.get("/v1/readyz")
+    assert response.status_code == 200
+    assert response.json() == {
+        "status": "ok",
+        "model_loaded": True,
+        "device": "cpu",
+        "device_warning": None,
+        "models": [{"id": "kronos-bundled", "state": "loaded"}],
+    }
+    response = loading.get("/v1/readyz")
+    assert response.status_code == 503
+    assert response.json()["status"] == "loading"
+    assert "retry-after" in response.headers
+    assert loading.get("/v1/healthz").status_code == 200
+
+
+def test_detailed_health(make_http, fake_backend):
+    body = make_http().get("/v1/healthz/detailed").json()
+    assert body["status"] in ("healthy", "degraded")
+    assert set(body) == {"status", "timestamp", "uptime_seconds", "checks", "device"}
+    assert body["checks"]["model"] == {"status": "healthy", "loaded": True, "version": "bundled-model+0"}
+    assert set(body["checks"]["memory"]) == {
+        "status", "process_mb", "system_total_mb", "system_available_mb", "system_percent",
+    }  # fmt: skip
+    assert set(body["checks"]["disk"]) == {"status", "total_gb", "free_gb", "percent"}
+    assert set(body["device"]) == {
+        "device_type", "device_name", "gpu_available", "cuda_available", "mps_available",
+        "precision", "precision_reason",
+    }  # fmt: skip
+    assert make_http(fake_backend(loaded=False)).get("/v1/healthz/detailed").json()["status"] == "degraded"
+
+
+def test_models_and_replicas(http):
+    (model,) = http.get("/v1/models").json()["models"]
+    assert model["state"] == "loaded"
+    assert (model["id"], model["parameters"], model["context"], model["groups"], model["replicas"]) == (
+        "kronos-bundled", 1000, 512, ["cpu"], 1,
+    )  # fmt: skip
+    (replica,) = http.get("/v1/replicas").json()["replicas"]
+    assert replica["replica_id"] == "abc"
+    assert (replica["group"], replica["pid"], replica["device"], replica["state"]) == ("cpu", 17, "cpu", "running")
+    assert (replica["queued"], replica["running_rows"]) == (1, 2)
+
+
+def test_info_shows_effective_settings_and_no_path(make_http, tmp_path):
+    models = {"mine": {"source": str(tmp_path), "tokenizer": str(tmp_path)}}
+    response = make_http(warnings=["careful"], models=models, default_model="mine").get("/v1/info")
+    assert response.json()["limits"]["max_horizon"] == 512
+    assert response.json()["warnings"] == ["careful"]
+    assert response.json()["settings"]["models"]["mine"]["source"] == "local"
+    assert str(tmp_path) not in response.text
+
+
+def test_index_and_openapi(http):
+    page = http.get("/", headers={"accept": "text/html,*/*;q=0.8"})
+    assert page.headers["content-type"].startswith("text/html")
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+    assert "/v1/forecast" in http.get("/").json()["routes"]
+    document = http.get("/openapi.json").json()
+    body = document["paths"]["/v1/forecast"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/ForecastRequest"}
+    text = json.dumps(document)
+    for name in set(re.findall(r"#/components/schemas/(\w+)", text)):
+        assert name in document["components"]["schemas"]
+    assert http.get("/docs").status_code == 200
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+NAMES = (
+    "kronos_requests_total",
+    "kronos_request_duration_seconds",
+    "kronos_model_inference_seconds",
+    "kronos_concurrent_requests",
+    "kronos_timeouts_total",
+    "kronos_prediction_input_size",
+    "kronos_security_events_total",
+    "kronos_rate_limit_hits_total",
+    "kronos_request_size_rejections_total",
+)
+
+
+def sample(text, pattern):
+    """The value of the first sample whose line matches, or 0."""
+    found = re.search(rf"^{pattern}[^\n]* ([0-9.e+-]+)$", text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def test_metrics_move_with_traffic(make_http, fake_backend, candle_items):
+    http = make_http(limits={"max_request_mb": 0.001, "rate_limit_per_minute": 4})
+    assert http.post("/v1/predict/single", candle_items(4, 1)).status_code == 200
+    assert http.post("/v1/predict/single", raw=b"x" * 2000).status_code == 413
+    assert http.post("/v1/predict/single", raw=b"{").status_code == 400
+    assert http.post("/v1/predict/single", candle_items(4, 1)).status_code == 200
+    limited = http.post("/v1/predict/single", candle_items(4, 1))
+    assert limited.status_code == 429
+    assert int(limited.headers["retry-after"]) >= 1
+    http.get("/../../etc/passwd%00")
+    text = http.get("/v1/metrics").text
+    for name in NAMES:
+        assert re.search(rf"^# TYPE {name}", text, re.MULTILINE) or name in text
+    route = "/v1/predict/single"
+    assert sample(text, rf'kronos_requests_total{{route="{route}",status="200"}}') == 2
+    assert sample(text, rf'kronos_requests_total{{route="{route}",status="429"}}') == 1
+    assert sample(text, rf'kronos_request_duration_seconds_count{{route="{route}"}}') == 5
+    assert sample(text, rf'kronos_model_inference_seconds_count{{endpoint="{route}"}}') == 2
+    assert sample(text, rf'kronos_model_inference_seconds_sum{{endpoint="{route}"}}') == pytest.approx(0.04)
+    assert sample(text, rf'kronos_prediction_input_size_sum{{endpoint="{route}"}}') == 8
+    assert sample(text, "kronos_concurrent_requests") == 0
+    assert sample(text, "kronos_rate_limit_hits_total{container=") == 1
+    assert sample(text, "kronos_request_size_rejections_total{container=") == 1
+    for event in ("oversize", "malformed", "rate_limited"):
+        assert sample(text, f'kronos_security_events_total{{container="[^"]*",event="{event}"}}') == 1
+
+    slow = make_http(fake_backend(delay_s=5), limits={"request_timeout_s": 0.2})
+    assert slow.post("/v1/predict/single", candle_items()).status_code == 408
+    assert sample(slow.get("/v1/metrics").text, rf'kronos_timeouts_total{{endpoint="{route}"}}') == 1
+
+
+def test_security_off_switches_the_rate_limit_off(make_http, candle_items):
+    http = make_http(limits={"rate_limit_per_minute": 1, "security_enabled": False})
+    assert [http.post("/v1/predict/single", candle_items()).status_code for _ in range(3)] == [200] * 3
+
+
+# --- deadlines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limits", [{"request_timeout_s": 0.1}, {"inference_timeout_s": 0.1}, {}])
+def test_a_deadline_stops_the_computing(make_http, fake_backend, columns, limits):
+    backend = fake_backend(delay_s=10)
+    body = {"series": [columns()], "horizon": 2, **({} if limits else {"deadline_ms": 100})}
+    response = make_http(backend, limits=limits).post("/v1/forecast", body)
+    assert_error(response, 408, "deadline_passed")
+    assert backend.cancelled == 1
+    assert backend.jobs[0].timeout_s <= 0.1
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_errors_of_the_backend_keep_their_status(make_http, fake_backend, candle_items):
+    for code, status in (("queue_full", 429), ("model_unavailable", 503), ("no_replica", 503)):
+        http = make_http(fake_backend(error=ServiceError(code, "why", retry_after_s=3.2)))
+        response = http.post("/v1/predict/single", candle_items())
+        assert_error(response, status, code)
+        assert response.headers["retry-after"] == "4"
+
+
+def test_an_unexpected_error_shows_nothing(make_http, fake_backend, candle_items):
+    http = make_http(fake_backend(error=RuntimeError("secret in /some/path")))
+    response = http.post("/v1/predict/single", candle_items())
+    assert_error(response, 500, "internal")
+    assert "secret" not in response.text
+    assert sample(http.get("/v1/metrics").text, 'kronos_requests_total{route="/v1/predict/single",status="500"}') == 1
+
+
+def test_unknown_routes_methods_and_models(http, columns):
+    assert_error(http.get("/v1/nothing"), 404, "unknown_route")
+    assert_error(http.get("/v1/forecast/"), 404, "unknown_route")
+    assert_error(http.get("/v1/forecast"), 405, "method_not_allowed")
+    assert_error(http.post("/v1/healthz", {}), 405, "method_not_allowed")
+    for model in ("nope", "../../etc/passwd", "x" * 64):
+        assert_error(http.post("/v1/forecast", {"series": [columns()], "model": model}), 404, "unknown_model")
+
+
+MALFORMED = {
+    "empty": b"",
+    "not json": b"{'a': 1}",
+    "cut": b'{"series": [',
+    "not utf-8": b'{"a": "\xff"}',
+    "utf-16": '{"a": 1}'.encode("utf-16"),
+    "deep": b"[" * 100_000,
+    "lone surrogate": b'{"model": "\\ud800"}',
+    "two values": b"{} {}",
+    "byte order mark": b"\xef\xbb\xbf{}",
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+@pytest.mark.parametrize("route", ["/v1/forecast", "/v1/predict/single", "/v1/predict/batch"])
+def test_malformed_bodies(http, route, name):
+    assert_error(http.post(route, raw=MALFORMED[name]), 400, "malformed_json")
+
+
+@pytest.mark.parametrize("raw", [b"null", b"1", b'"x"', b"[]", b"true", b"NaN", b"1e999"])
+def test_bodies_that_are_not_objects(http, raw):
+    for route in ("/v1/forecast", "/v1/predict/single", "/v1/predict/batch"):
+        response = http.post(route, raw=raw)
+        assert_error(response, 422, "invalid_fields")
+        assert codes(response) == [((), "not_an_object")]
+
+
+def test_kinds_and_encodings(http, candle_items):
+    raw = json.dumps(candle_items()).encode()
+    assert_error(http.request("POST", "/v1/predict/single", content=raw), 415, "not_json")
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "application/jsonp", ""):
+        response = http.request("POST", "/v1/predict/single", content=raw, headers={"content-type": kind})
+        assert_error(response, 415, "not_json")
+    response = http.post("/v1/predict/single", raw=raw, headers={"content-encoding": "gzip"})
+    assert_error(response, 415, "content_encoding")
+    response = http.post("/v1/predict/single", raw=raw, headers={"content-type": "application/json; charset=utf-8"})
+    assert response.status_code == 200
+
+
+def test_body_size_with_and_without_a_declared_length(make_http):
+    http = make_http(limits={"max_request_mb": 0.001})
+
+    async def chunks():
+        for _ in range(100):
+            yield b" " * 100
+
+    assert_error(http.post("/v1/forecast", raw=b" " * 1100), 413, "body_too_large")
+    assert_error(http.post("/v1/forecast", raw=chunks()), 413, "body_too_large")
+    lie = http.post("/v1/forecast", raw=b" " * 1100, headers={"content-length": "9" * 5000})
+    assert_error(lie, 413, "body_too_large")
+
+
+def test_at_most_twenty_field_errors(http, columns):
+    series = dict(columns(100), timestamps=["x"] * 100, close=["x"] * 100)
+    response = http.post("/v1/forecast", {"series": [series]})
+    assert_error(response, 422, "invalid_fields")
+    assert len(response.json()["error"]["fields"]) == 20
+
+
+def test_streaming_is_refused_by_field(http, columns):
+    response = http.post("/v1/forecast", {"series": [columns()], "stream": True})
+    assert_error(response, 422, "invalid_fields")
+    assert codes(response) == [(("stream",), "not_available")]

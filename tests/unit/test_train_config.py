@@ -1,0 +1,192 @@
+"""The trainer's configuration, placement and optimizer: what is decided before a worker starts."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from cluster import train
+from cluster.config import Optimisation, load_config, parse_config
+from cluster.stages import learning_rate, make_optimizer, weighted_tokenizer_loss
+from model.errors import InputError
+from model.kronos import Kronos
+from model.losses import tokenizer_loss
+from model.tokenizer import KronosTokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def raw_config(**changes):
+    config = {
+        "run": {"name": "t", "output": "out"},
+        "data": {"source": {"kind": "simulated", "series": 2, "bars": 40, "seed": 1, "validation_seed": 2}},
+        "tokenizer": {"phases": [{"steps": 2, "window": 16, "batch_size": 2}]},
+    }
+    for dotted, value in changes.items():
+        place = config
+        *path, last = dotted.split("__")
+        for key in path:
+            place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
+        place[last] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run__sed": 1}, r"run\.sed is not a key; the nearest known one is 'seed'"),
+        ({"tokeniser": {}}, "tokeniser is not a key; the nearest known one is 'tokenizer'"),
+        ({"tokenizer__optimisation__lerning_rate": 1}, r"tokenizer\.optimisation\.lerning_rate .* 'learning_rate'"),
+        ({"tokenizer__network__d_modell": 1}, r"tokenizer\.network\.d_modell .* 'd_model'"),
+        ({"tokenizer__phases__0__windows": 1}, r"tokenizer\.phases\.0\.windows .* 'window'"),
+        ({"data__source__sereis": 1}, r"data\.source\.sereis .* 'series'"),
+        ({"data__source__kind": "file", "data__source__paths": "x"}, r"data\.source\.paths .* 'path'"),
+        ({"run__num_workers": -1}, r"run\.num_workers: .* greater than or equal to 0"),
+        ({"run__seed": "many"}, r"run\.seed: .* valid integer"),
+        ({"run__name": "../x"}, r"run\.name: .* pattern"),
+        ({"data__source__validation_seed": 1}, "must differ from seed"),
+        ({"data__source__kind": "internet"}, r"data\.source: .* expected tags"),
+        ({"predictor__phases": []}, r"predictor\.phases: .* at least 1 item"),
+    ],
+)
+def test_faults_name_the_key(changes, message):
+    with pytest.raises(InputError, match=message) as caught:
+        parse_config(raw_config(**changes))
+    assert caught.value.code == "bad_config"
+
+
+def test_a_predictor_needs_a_tokenizer():
+    config = raw_config()
+    config["predictor"] = config.pop("tokenizer")
+    with pytest.raises(InputError, match=r"predictor\.tokenizer must name a folder"):
+        parse_config(config)
+    del config["predictor"]
+    with pytest.raises(InputError, match="a tokenizer stage, a predictor stage or both"):
+        parse_config(config)
+
+
+def test_file_and_overrides(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw_config()))
+    config = load_config(path, ["run.seed=9", "tokenizer.phases.0.steps=5", "data.source.bar_minutes=[5, 15]"])
+    assert (config.run.seed, config.tokenizer.steps, config.data.source.bar_minutes) == (9, 5, (5, 15))
+    for override, message in [
+        ("run.seed", "section.key=value"),
+        ("=1", "section.key=value"),
+        ("run.name.deep=1", "'name' is a value"),
+        ("run.speed=1", "nearest known one is 'seed'"),
+        ("tokenizer.phases.7.steps=1", r"no item '7'"),
+        ("run.seed=[1", "not YAML"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            load_config(path, [override])
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1", ""])
+def test_files_that_are_no_configuration(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"config\.yaml"):
+        load_config(path)
+    with pytest.raises(InputError, match="No such file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_the_command_reports_faults_without_a_traceback(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw_config(run__sed=1)))
+    assert train.main(["--config", str(path)]) == 2
+    assert "nearest known one is 'seed'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cluster/configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configurations_are_valid_and_hold_out_the_scored_series(path):
+    from cluster.evaluate import HELD_OUT_SEED
+
+    source = load_config(path).data.source
+    assert source.kind != "simulated" or HELD_OUT_SEED not in (source.seed, source.validation_seed)
+
+
+@pytest.mark.parametrize(
+    ("device", "resources", "expected"),
+    [
+        ("auto", {"CPU": 4.0, "GPU": 2.0}, (True, "cuda", False)),
+        ("auto", {"CPU": 4.0, "GPU": 1.0}, (False, "cpu", False)),
+        ("auto", {"CPU": 4.0}, (False, "cpu", False)),
+        ("cuda", {"CPU": 4.0, "GPU": 2.0}, (True, "cuda", False)),
+        ("cuda:1", {"CPU": 4.0}, (False, "cpu", True)),
+        ("cuda", {"CPU": 4.0, "GPU": 1.0}, (False, "cpu", True)),
+        ("cpu", {"CPU": 4.0, "GPU": 2.0}, (False, "cpu", False)),
+    ],
+)
+def test_an_absent_gpu_is_a_warning_not_a_wait(monkeypatch, device, resources, expected):
+    monkeypatch.setattr(train, "resolve_device", lambda requested: (torch.device("cpu"), None))
+    placement = train.place_workers(device, 2, 1, resources)
+    assert (placement.use_gpu, placement.device, placement.warning is not None) == expected
+    if placement.warning:
+        assert device in placement.warning
+        assert "'cpu'" in placement.warning
+
+
+def test_too_few_cpus_and_nonsense_are_refused_before_the_start():
+    with pytest.raises(InputError, match="need 8 CPUs and the cluster has 4"):
+        train.place_workers("cpu", 4, 2, {"CPU": 4.0})
+    with pytest.raises(ValueError, match="accepted: auto"):
+        train.place_workers("toaster", 1, 1, {"CPU": 4.0})
+
+
+def test_a_run_with_another_configuration_is_not_resumed(tmp_path):
+    train._remember_config(parse_config(raw_config()), "tokenizer", tmp_path)
+    train._remember_config(parse_config(raw_config(run__threads=2)), "tokenizer", tmp_path)  # decides no number
+    with pytest.raises(InputError, match=r"another run\.seed: choose another"):
+        train._remember_config(parse_config(raw_config(run__seed=5)), "tokenizer", tmp_path)
+
+
+def small_predictor():
+    return Kronos(4, 4, 1, 16, 2, 32, 0.0, 0.0, 0.0, 0.0, True)
+
+
+def test_weight_decay_shrinks_the_matrices_of_linear_layers_only():
+    network = small_predictor()
+    optimizer = make_optimizer(network, Optimisation(weight_decay=0.1))
+    decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
+    linear = {id(m.weight) for m in network.modules() if isinstance(m, nn.Linear)}
+    assert decayed == linear
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(network.parameters()))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+def test_frozen_weights_are_left_out():
+    network = small_predictor()
+    for parameter in network.embedding.parameters():
+        parameter.requires_grad_(False)
+    held = {id(p) for group in make_optimizer(network, Optimisation()).param_groups for p in group["params"]}
+    assert not held & {id(p) for p in network.embedding.parameters()}
+
+
+def test_learning_rate_warms_up_and_falls_to_its_final_share():
+    options = Optimisation(learning_rate=1.0, warmup_steps=10, final_share=0.1)
+    rates = [learning_rate(step, 100, options) for step in range(101)]
+    assert rates[0] == pytest.approx(0.19)
+    assert rates[9] == max(rates) == 1.0
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+    assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+    assert rates[100] == pytest.approx(0.1)
+
+
+def test_equal_column_weights_give_the_published_loss():
+    torch.manual_seed(0)
+    tokenizer = KronosTokenizer(6, 16, 2, 32, 2, 2, 0.0, 0.0, 0.0, 4, 4, 0.05, 1.0, 1.1, 0.05, 4)
+    x = torch.randn(2, 9, 6)
+    for ours, published in zip(
+        weighted_tokenizer_loss(tokenizer, x, torch.ones(6)), tokenizer_loss(tokenizer, x), strict=True
+    ):
+        assert ours.item() == pytest.approx(published.item(), rel=1e-6)
+    only_close = torch.tensor([0.0, 0, 0, 6, 0, 0])
+    loss = weighted_tokenizer_loss(tokenizer, x, only_close)
+    (_, from_both), *_ = tokenizer(x)
+    assert loss.reconstruction.item() == pytest.approx(((from_both - x)[..., 3] ** 2).mean().item(), rel=1e-5)
