@@ -139,7 +139,7 @@ def summary(closes: np.ndarray, history: np.ndarray) -> dict[str, float | None]:
     known = np.diff(np.log(history[-(closes.shape[1] + 1) :]))
     amplified = None
     if len(known):
-        amplified = (np.count_nonzero(spread > known.std()) + np.count_nonzero(~positive)) / len(closes)
+        amplified = float(np.count_nonzero(spread > known.std()) + np.count_nonzero(~positive)) / len(closes)
     peaks = np.maximum.accumulate(whole, axis=1)
     return {
         "last_close": last,

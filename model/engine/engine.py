@@ -171,9 +171,9 @@ class Engine:
         return True
 
     def cache_slots(self) -> tuple[int, int]:
-        """(used, free) elements of the arena."""
+        """(used, free) slots of the cache; a slot holds one bar of one path, or one bar of a shared history."""
         with self._books:
-            return self._arena.used, self._arena.free
+            return self._arena.used // self._runner.slot_size, self._arena.free // self._runner.slot_size
 
     def queued_work(self) -> int:
         """Rows × steps that wait."""

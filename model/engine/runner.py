@@ -109,6 +109,11 @@ class Runner:
         self._memory = torch.empty(self.arena_elements, dtype=dtype, device=device)
         self._batch: tuple[list[Request], RowSettings] | None = None
 
+    @property
+    def slot_size(self) -> int:
+        """Elements of the arena that one bar takes: keys and values of every layer and of the cross-attention."""
+        return SequenceCache.size(self._stack.layers + 1, self._width, 1, 0, 0)
+
     def cache_size(self, request: Request) -> int:
         """Elements of the arena that a request needs."""
         return SequenceCache.size(self._stack.layers + 1, self._width, *self._cache_shape(request))
