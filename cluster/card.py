@@ -22,7 +22,7 @@ def write_card(path: Path, bundle: Path, numbers: dict[str, Any]) -> None:
     if not record.is_file():
         raise InputError(f"{bundle} holds no {TRAINING_FILE}: train it with cluster.train", code="no_such_file")
     training = json.loads(record.read_text(encoding="utf-8"))
-    sections = [_head(bundle), _how_made(training), _measured(numbers), _limits(numbers)]
+    sections = [_head(bundle), _how_made(training), _measured(numbers), _limits(training, numbers)]
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
@@ -94,6 +94,10 @@ as a random walk with the history's volatility. Below 1 the ratio is in the mode
             for h in scores["horizons"]
         )
         errors = ", ".join(f"{c} {e:.3f}" for c, e in zip(COLUMNS, scores["code_error"], strict=True))
+        lengths, moves = (
+            " | ".join(cells)
+            for cells in zip(*((str(n), f"{e:.2f}") for n, e in scores["close_errors"].items()), strict=True)
+        )
         parts.append(
             f"""### {scores["name"]} ({scores["windows"]} forecasts)
 
@@ -105,13 +109,20 @@ as a random walk with the history's volatility. Below 1 the ratio is in the mode
 Bias of the median at the last bar: {scores["bias"]:+.2f} of the random walk's std there.
 Invalid candles (high or low not outermost) among the sampled ones: **{scores["invalid"]:.1%}**.
 Tokenizer round trip, rms error in units of the window's std: {errors}.
-That is {scores["close_error"]:.2f} of a typical one-bar move for the close (median over the windows).
-Time: {scores["seconds"] / scores["windows"]:.1f} s a forecast."""
+Time: {scores["seconds"] / scores["windows"]:.1f} s a forecast.
+
+The same error of the close in units of a typical one-bar move, by length of history (median over windows):
+
+| bars | {lengths} |
+|---|{"---|" * len(scores["close_errors"])}
+| error | {moves} |"""
         )
     return "\n\n".join(parts)
 
 
-def _limits(numbers: dict[str, Any]) -> str:
+def _limits(training: dict[str, Any], numbers: dict[str, Any]) -> str:
+    stages = [training["config"][name] for name in training["stages"]]
+    longest = max(phase["window"] for stage in stages for phase in stage["phases"])
     faults = []
     for scores in numbers["sets"]:
         faults += [
@@ -127,7 +138,9 @@ def _limits(numbers: dict[str, Any]) -> str:
 
 {missed}
 - The random walk is a low bar and this is at best near it: there is no claim of skill in any market.
-- Bars are coded in units of the window's std. The longer the history, the coarser the code is beside one bar's move.
+- Bars are coded in units of the window's std: the longer the history, the coarser the code is beside one bar's move.
+  The tokenizer was trained on windows of up to {longest} bars; longer histories are coded badly (last table): give it
+  the last {longest} bars at most.
 - High and low are sampled like the other columns, so that a candle can be invalid; the share is above.
 
 Measure it again: `python -m cluster.evaluate --bundle model/bundled --candles FILE --card model/bundled/README.md`"""

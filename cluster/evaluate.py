@@ -30,6 +30,8 @@ from model.types import Sampling, Series
 HELD_OUT_SEED = 90_001
 """Of the simulated series that are scored here. No configuration in cluster/configs may train on it."""
 HORIZONS = (1, 12, 48)
+CODE_LENGTHS = (64, 128, 256, 400, 512, 1024, 2000)
+"""Histories whose round trip through the tokenizer is measured, where the series are long enough."""
 CLOSE = 3
 
 
@@ -65,7 +67,7 @@ class Scores:
     coverage: over all bars of the horizon, not only those of `horizons`.
     bias: mean of (median path − actual) of the close at the last horizon, in units of its random walk's std.
     code_error: rms error of the tokenizer's round trip per column in units of the window's std.
-    close_error: the same for the close in units of the typical one-bar move, median over windows.
+    close_errors: history length → the same for the close in units of the typical one-bar move, median over windows.
     """
 
     name: str
@@ -76,7 +78,7 @@ class Scores:
     bias: float
     invalid: float
     code_error: list[float]
-    close_error: float
+    close_errors: dict[int, float]
     seconds: float
 
 
@@ -130,7 +132,12 @@ def score(
                 float(inside_walk[:, h - 1].mean()),
             )
         )
-    code_error, close_error = round_trip(predictor.tokenizer, chosen, setting)
+    code_error, _ = round_trip(predictor.tokenizer, chosen, setting.history)
+    close_errors = {
+        length: round_trip(predictor.tokenizer, pick_windows(series, Setting(setting.windows, length, 1)), length)[1]
+        for length in CODE_LENGTHS
+        if any(len(bars) > length for bars in series)
+    }
     return Scores(
         name=name,
         windows=len(chosen),
@@ -140,20 +147,20 @@ def score(
         bias=float(((np.median(drawn, axis=0) - actual)[:, -1] / std[:, -1]).mean()),
         invalid=float(np.mean(invalid)),
         code_error=code_error,
-        close_error=close_error,
+        close_errors=close_errors,
         seconds=time.monotonic() - began,
     )
 
 
 @torch.no_grad()
 def round_trip(
-    tokenizer: KronosTokenizer, chosen: Sequence[tuple[SymbolBars, int]], setting: Setting
+    tokenizer: KronosTokenizer, chosen: Sequence[tuple[SymbolBars, int]], history: int
 ) -> tuple[list[float], float]:
-    """What encoding and decoding alone do to the histories: see Scores.code_error and Scores.close_error."""
+    """What encoding and decoding alone do to the histories: see Scores.code_error and Scores.close_errors."""
     device = next(tokenizer.parameters()).device
     squares, close_errors = [], []
     for bars, start in chosen:
-        x, _, _ = normalise(bars.candles[start : start + setting.history], 5.0)
+        x, _, _ = normalise(bars.candles[start : start + history], 5.0)
         tensor = torch.from_numpy(np.ascontiguousarray(x)).unsqueeze(0).to(device)
         back = tokenizer.decode(tokenizer.encode(tensor, half=True), half=True)[0].cpu().numpy()
         error = (back - x).astype(np.float64)
@@ -183,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             KronosTokenizer.from_pretrained(options.bundle / "tokenizer"),
             device=options.device,
         )
-        simulated = simulate(HELD_OUT_SEED, setting.windows, setting.history + setting.horizon)
+        simulated = simulate(HELD_OUT_SEED, setting.windows, max(2001, setting.history + setting.horizon))
         found = [score(predictor, "simulated, held out", simulated, setting, progress=True)]
         if options.candles is not None:
             found.append(score(predictor, "real 5-minute candles", read_bars(options.candles), setting, progress=True))

@@ -127,7 +127,8 @@ def test_evaluation_of_the_baseline_gives_the_baseline(tokenizer):
         assert horizon.ratio == pytest.approx(1, abs=0.05)
         assert horizon.coverage == pytest.approx(horizon.baseline_coverage, abs=0.08)
     assert scores.invalid == 0
-    assert scores.close_error > 0
+    assert set(scores.close_errors) == {64}
+    assert scores.close_errors[64] > 0
     assert len(scores.code_error) == 6
 
 
@@ -164,7 +165,7 @@ def test_card_says_what_was_measured_and_what_is_missed(tmp_path, tokenizer):
         "bias": 0.1,
         "invalid": 0.25,
         "code_error": [0.1] * 6,
-        "close_error": 0.5,
+        "close_errors": {"64": 0.5, "128": 0.75},
         "seconds": 4.0,
     }
     numbers = {"setting": {"history": 60, "horizon": 12, "samples": 20, "seed": 0}, "sets": [scores]}
@@ -179,6 +180,7 @@ def test_card_says_what_was_measured_and_what_is_missed(tmp_path, tokenizer):
         },
         "config": {
             "run": {"seed": 7, "num_workers": 1},
+            "tokenizer": {"phases": [{"window": 32}, {"window": 96}]},
             "data": {
                 "source": {
                     "kind": "simulated",
@@ -197,6 +199,8 @@ def test_card_says_what_was_measured_and_what_is_missed(tmp_path, tokenizer):
     card = (tmp_path / "README.md").read_text()
     for text in ("Not a trading model", "toy.yaml", "| 1 | 0.660 | 0.500 | **1.320**", "**25.0%**", "2.5 M"):
         assert text in card
+    assert "| error | 0.50 | 0.75 |" in card
+    assert "windows of up to 96 bars" in card
     assert "CRPS 1 bars ahead is 1.320" in card
     assert "coverage 0.50 is outside" in card
 
