@@ -6,6 +6,9 @@ KronosError
 │   ├── CheckpointNotFoundError          no such folder, repository, revision, or no network to fetch it
 │   ├── UnsafeCheckpointError            a pickle where safetensors belong; never opened
 │   └── CheckpointMismatchError          config, names, shapes or values do not make a Kronos network
+├── EngineFullError                      the engine cannot take the request
+│   ├── QueueFullError                   now: too much work waits already
+│   └── RequestTooLargeError             ever: it would not fit into an empty engine
 └── ForecastCancelledError               the caller asked for the computing to stop
 """
 
@@ -13,9 +16,12 @@ __all__ = [
     "CheckpointError",
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
+    "EngineFullError",
     "ForecastCancelledError",
     "InputError",
     "KronosError",
+    "QueueFullError",
+    "RequestTooLargeError",
     "UnsafeCheckpointError",
 ]
 
@@ -61,6 +67,18 @@ class UnsafeCheckpointError(CheckpointError):
 
 class CheckpointMismatchError(CheckpointError):
     """The files are there, but they do not make a Kronos network."""
+
+
+class EngineFullError(KronosError):
+    """The engine cannot take the request."""
+
+
+class QueueFullError(EngineFullError):
+    """More work waits already than the queue may hold; try again later."""
+
+
+class RequestTooLargeError(EngineFullError):
+    """The request would not fit into an empty engine; ask for fewer paths or bars."""
 
 
 class ForecastCancelledError(KronosError):

@@ -256,8 +256,8 @@ class KronosPredictor:
         """Arrays in, arrays out: what the server calls. Blocks until all paths are there.
 
         Calls from several threads share the engine's steps. on_bars receives bars as soon as they are final.
-        Raises InputError for settings out of range, ForecastCancelledError once should_stop() is true, QueueFullError
-        and RequestTooLargeError (model.engine.scheduler).
+        Raises InputError for settings out of range, ForecastCancelledError once should_stop() is true, and
+        EngineFullError.
         """
         check_sampling(sampling)
         [request] = self._generate(

@@ -107,14 +107,16 @@ class GroupConfig(Strict):
 
     num_cpus: CPUs that Ray reserves per replica; also the number of threads torch computes with (at least 1).
     replicas: a fixed number, or give `autoscaling` instead.
-    workers: forecasts that a replica computes at the same time; others wait in its queue.
+    workers: series that step together in a replica's engine; others wait in its queue.
+    cache_gb: memory for keys and values of each loaded model, set aside once; what could never fit is refused.
     max_queued_series: a replica whose queue is that long refuses with 429.
     """
 
     num_cpus: float = Field(default=1.0, gt=0)
     replicas: int | None = Field(default=None, ge=1)
     autoscaling: Autoscaling | None = None
-    workers: int = Field(default=2, ge=1, le=64)
+    workers: int = Field(default=16, ge=1, le=256)
+    cache_gb: float = Field(default=2.0, gt=0)
     max_queued_series: int = Field(default=2048, ge=1)
 
     @model_validator(mode="after")

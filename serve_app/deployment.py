@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from model.errors import ForecastCancelledError, InputError, KronosError
+from model.errors import ForecastCancelledError, InputError, KronosError, QueueFullError, RequestTooLargeError
 from model.frames import time_marks
 from model.types import Paths, Sampling, Series
 from serve_app.config import AppConfig, GroupConfig
@@ -138,6 +138,10 @@ class KronosReplica:
             return Failed("model_unavailable", str(error), retry_after_s=error.retry_after_s)
         except ForecastCancelledError:
             return Failed("deadline_passed", "the deadline passed")
+        except QueueFullError:
+            return Failed("queue_full", "the engine of this replica is full", retry_after_s=1.0)
+        except RequestTooLargeError as error:
+            return Failed("cost_over_limit", str(error))
         except _TaskError as error:
             return error.failed(job.tasks)
         finally:
@@ -187,9 +191,12 @@ class KronosReplica:
         return self._news()
 
     def _news(self) -> dict[str, Any]:
+        slots = [engine.cache_slots() for engine in self._store.engines]
         return {
             "queued": self._load.queued,
             "running_rows": self._load.running_rows,
+            "cache_slots_used": sum(used for used, _ in slots),
+            "cache_slots_free": sum(free for _, free in slots),
             "models": self._store.states(list(self.config.models)),
         }
 

@@ -31,6 +31,10 @@ class PredictorEngine:
         paths: Paths = self._predictor.forecast_series(series, sampling, should_stop=should_stop, on_step=on_step)
         return paths
 
+    def cache_slots(self) -> tuple[int, int]:
+        slots: tuple[int, int] = self._predictor.engine.cache_slots()
+        return slots
+
 
 class EngineFactory:
     """(alias, group) → a loaded engine, as the configuration says. Crosses processes as what it is made of."""
@@ -54,8 +58,14 @@ class EngineFactory:
         )
         checkpoint = load_checkpoint(source)
         requested, warning = group_device(settings.device, group)
+        replicas = self.config.groups.gpu if group == "gpu" else self.config.groups.cpu
         predictor = KronosPredictor(
-            checkpoint.model, checkpoint.tokenizer, requested, settings.max_context, self.config.clip
+            checkpoint.model,
+            checkpoint.tokenizer,
+            requested,
+            settings.max_context,
+            self.config.clip,
+            cache_bytes=int(replicas.cache_gb * 2**30),
         )
         identity = Identity(
             id=alias,

@@ -111,7 +111,13 @@ class Engine(Protocol):
         should_stop: StopCheck | None = None,
         on_step: StepCallback | None = None,
     ) -> Paths:
-        """Blocks until all paths are there. Raises InputError, ForecastCancelledError once should_stop() is true."""
+        """Blocks until all paths are there.
+
+        Raises InputError, ForecastCancelledError once should_stop() is true, and EngineFullError.
+        """
+
+    def cache_slots(self) -> tuple[int, int]:
+        """(used, free) slots of its cache: one holds one bar of one path."""
 
 
 EngineFactory = Callable[[str, str], Engine]
@@ -138,6 +144,8 @@ class ReplicaView:
     device: DeviceFacts
     queued: int = 0
     running_rows: int = 0
+    cache_slots_used: int = 0
+    cache_slots_free: int = 0
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 

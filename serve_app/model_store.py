@@ -62,6 +62,11 @@ class ModelStore:
         self.add(alias, engine)
         return engine
 
+    @property
+    def engines(self) -> list[Engine]:
+        """Those that are loaded."""
+        return list(self._engines.values())
+
     def add(self, alias: str, engine: Engine) -> None:
         self._failures.pop(alias, None)
         self._engines[alias] = engine

@@ -152,5 +152,7 @@ def _view(replica_id: str, entry: Mapping[str, Any]) -> ReplicaView:
         device=DeviceFacts(**metadata["device"]),
         queued=news["queued"],
         running_rows=news["running_rows"],
+        cache_slots_used=news["cache_slots_used"],
+        cache_slots_free=news["cache_slots_free"],
         models=news["models"],
     )

@@ -164,8 +164,8 @@ class Status:
             "state": "loading" if warming else "running",
             "queued": view.queued,
             "running_rows": view.running_rows,
-            "cache_slots_used": None,
-            "cache_slots_free": None,
+            "cache_slots_used": view.cache_slots_used,
+            "cache_slots_free": view.cache_slots_free,
         }
 
     def info(self) -> dict[str, Any]:

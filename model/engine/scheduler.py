@@ -12,18 +12,10 @@ from dataclasses import dataclass
 
 from model.engine.kv_cache import Arena, Block
 from model.engine.types import EngineConfig, Request, State
-from model.errors import KronosError
+from model.errors import QueueFullError, RequestTooLargeError
 
 BYPASS_LIMIT = 32
 """How often a request that does not fit yet may be overtaken by smaller ones before it blocks the queue."""
-
-
-class QueueFullError(KronosError):
-    """More work waits already than the queue may hold; try again later."""
-
-
-class RequestTooLargeError(KronosError):
-    """The request would not fit into an empty engine."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +63,9 @@ class Scheduler:
         size = self._cache_size(request)
         if size > self._arena.capacity:
             raise RequestTooLargeError(
-                f"{request.rows} paths over {request.history} + {request.horizon} bars need {size} cache elements, "
-                f"the engine has {self._arena.capacity}: ask for fewer paths or raise the cache budget"
+                f"{request.rows} paths over {request.history} + {request.horizon} bars need "
+                f"{size / self._arena.capacity:.1f} times the cache that there is: ask for fewer paths or bars, or "
+                "give the engine more"
             )
         if self._queue and self.queued_work + request.work > self._config.max_queued_work:
             raise QueueFullError(f"{self.queued_work} rows × steps are waiting already")

@@ -19,6 +19,9 @@ class SlowEngine:
         self.identity = Identity(alias, "local", None, "0" * 64, 1, 512, "slow", "slow")
         self.device = FACTS
 
+    def cache_slots(self):
+        return 3, 7
+
     def forecast(self, series, sampling, *, should_stop=None, on_step=None):
         for _ in range(series.horizon):
             if should_stop is not None and should_stop():

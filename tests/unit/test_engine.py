@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from model.engine.engine import Engine
 from model.engine.kv_cache import Arena, CacheIntegrityError
-from model.engine.scheduler import QueueFullError, RequestTooLargeError
 from model.engine.types import EngineConfig, Request, State, WindowPolicy
+from model.errors import QueueFullError, RequestTooLargeError
 from model.frames import normalise, series_from_frame
 from model.generate import Prompt, decode, generate
 from model.sampler import global_noise, seeded_noise

@@ -7,7 +7,13 @@ import time
 import numpy as np
 import pytest
 
-from model.errors import CheckpointNotFoundError, ForecastCancelledError, InputError
+from model.errors import (
+    CheckpointNotFoundError,
+    ForecastCancelledError,
+    InputError,
+    QueueFullError,
+    RequestTooLargeError,
+)
 from model.types import Paths, Sampling, Window
 from serve_app.config import AppConfig
 from serve_app.deployment import KronosReplica, warm_up_series
@@ -16,6 +22,10 @@ from serve_app.jobs import DeviceFacts, Done, Failed, Identity, Job, Task
 from serve_app.model_store import ModelStore, ModelUnavailableError
 
 FACTS = DeviceFacts("cpu", "cpu", "a processor", "fp32", "exact", False, False, False)
+
+
+REFUSALS = {17: QueueFullError, 19: RequestTooLargeError}
+"""top_k → what the fake engine raises."""
 
 
 class FakeEngine:
@@ -27,9 +37,14 @@ class FakeEngine:
         self.step_s = step_s
         self.steps = 0
 
+    def cache_slots(self):
+        return 3, 7
+
     def forecast(self, series, sampling, *, should_stop=None, on_step=None):
         if sampling.top_k == 13:
             raise InputError("thirteen", code="unlucky", column="close", row=4)
+        if sampling.top_k in REFUSALS:
+            raise REFUSALS[sampling.top_k]("refused")
         for _ in range(series.horizon):
             if should_stop is not None and should_stop():
                 raise ForecastCancelledError("stopped")
@@ -161,6 +176,14 @@ def test_a_bad_task_says_which_and_ends_its_job():
     assert (result.code, result.rule, result.task, result.column, result.row) == (
         "invalid_fields", "unlucky", 1, "close", 4,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("top_k", "code"), [(17, "queue_full"), (19, "cost_over_limit")])
+def test_what_the_engine_refuses_is_an_answer(top_k, code):
+    replica, _ = make_replica()
+    job = make_job()
+    refused = Task(job.tasks[0].series, Sampling(seed=0, top_k=top_k))
+    assert asyncio.run(replica.forecast(Job("id", "a", (refused,), 10.0))).code == code
 
 
 def test_a_model_that_cannot_be_found_leaves_the_others_working():

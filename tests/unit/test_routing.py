@@ -58,11 +58,14 @@ def listing(monkeypatch):
     REPLICAS.clear()
 
 
+NEWS = {"queued": 0, "running_rows": 0, "cache_slots_used": 0, "cache_slots_free": 9}
+
+
 def entry(group):
     device = dict(vars(FACTS))
     return {
         "node": "n",
-        "metadata": {"group": group, "pid": 7, "device": device, "queued": 0, "running_rows": 0, "models": {}},
+        "metadata": {"group": group, "pid": 7, "device": device, **NEWS, "models": {}},
         "stats": {},
     }
 
@@ -165,7 +168,10 @@ def test_what_a_replica_refuses_becomes_an_error():
 def test_the_listing():
     made = backend({"gpu": Handle(), "cpu": Handle()})
     REPLICAS[deployment_name("cpu")] |= {
-        "cpu-2": {**entry("cpu"), "stats": {"queued": 3, "running_rows": 4, "models": {"m": {"state": "loaded"}}}},
+        "cpu-2": {
+            **entry("cpu"),
+            "stats": {**NEWS, "queued": 3, "running_rows": 4, "models": {"m": {"state": "loaded"}}},
+        },
         "cpu-3": {"node": "n", "metadata": {}, "stats": {}},
     }
     views = made.replicas()
