@@ -13,6 +13,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 
 # Ray Serve on http://127.0.0.1:8000 with the bundled checkpoint; Ctrl-C stops it and its local Ray cluster.
 serve: $(VENV)/.installed
+	$(BIN)/python -m serve_app.cli check-config serve_config.yaml --port-free
 	exec $(BIN)/serve run serve_config.yaml
 
 test: $(VENV)/.installed

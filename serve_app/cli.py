@@ -1,12 +1,13 @@
 """Commands beside `serve run`.
 
-python -m serve_app.cli check-config serve_config.yaml
+python -m serve_app.cli check-config serve_config.yaml [--port-free]
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
@@ -89,14 +90,29 @@ def _dotted(place: tuple[str | int, ...]) -> str:
     return ".".join(map(str, place)) or "the configuration"
 
 
+def _port_errors(path: str) -> list[str]:
+    """Ray's proxy would share the port of another service without a word, and the two would answer in turn."""
+    with open(path, encoding="utf-8") as file:
+        options = (yaml.safe_load(file) or {}).get("http_options", {})
+    host, port = options.get("host", "127.0.0.1"), int(options.get("port", 8000))
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        taken = probe.connect_ex(("127.0.0.1" if host == "0.0.0.0" else host, port)) == 0
+    text = f"port {port} of {host} is in use: stop what listens there, or change http_options.port in {path}"
+    return [text] if taken else []
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the process's exit status: 0 fine, 1 errors were found."""
     parser = argparse.ArgumentParser(prog="python -m serve_app.cli", description=__doc__.split("\n", 1)[0])
     commands = parser.add_subparsers(required=True)
     check = commands.add_parser("check-config", help="check a Serve configuration strictly, without starting anything")
     check.add_argument("path", nargs="?", default="serve_config.yaml")
+    check.add_argument("--port-free", action="store_true", help="also check that nobody listens on its HTTP port")
     options = parser.parse_args(arguments)
     errors, warnings = check_config(options.path, os.environ)
+    if options.port_free and not errors:
+        errors = _port_errors(options.path)
     for warning in warnings:
         print(f"warning: {warning}")
     for error in errors:

@@ -1,5 +1,6 @@
 """AppConfig, the KRONOS_ variables and check-config."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -225,3 +226,16 @@ def test_the_command_runs_as_a_module():
         check=False,
     )
     assert (done.returncode, done.stdout.strip()) == (0, "serve_config.yaml is fine")
+
+
+def test_a_port_in_use_is_an_error_before_anything_starts(tmp_path, capsys):
+    """Ray's own proxy would share it without a word."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        path = tmp_path / "serve_config.yaml"
+        path.write_text(yaml.safe_dump({"http_options": {"host": "127.0.0.1", "port": port}, "applications": []}))
+        assert main(["check-config", str(path), "--port-free"]) == 1
+        assert f"port {port} of 127.0.0.1 is in use" in capsys.readouterr().err
+    assert main(["check-config", str(path), "--port-free"]) == 0
