@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py [--candles FILE.csv] [--windows 24]
 
-Over real candles with the bundled checkpoint. Window policies: the distribution of the next bar from the window that the
+Over real candles with the bundled checkpoint. Window policies: the distribution of the next bar from the window that a
 policy leaves, against the exact one, teacher-forced: KL divergence in nats, and the share of tokens that the same noise
 turns into others. Both: fair CRPS of the close at the horizon, in units of the history's bar-to-bar deviation, from
 paths with the same seeds. Results go to benchmarks/results/DATE-accuracy.json.
