@@ -110,8 +110,10 @@ class DeviceInfo:
         return f"{self.device_type} ({self.device_name}, {memory}), {self.precision}: {self.precision_reason}"
 
 
-def device_info(device: torch.device) -> DeviceInfo:
-    """Facts about a device that resolve_device returned."""
+def device_info(device: torch.device | None = None) -> DeviceInfo:
+    """Facts about a device that resolve_device returned; None: about the one that it chooses."""
+    if device is None:
+        device, _ = resolve_device()
     has_cuda, has_mps = cuda_available(), mps_available()
     precision, reason = precision_policy(device)
     return DeviceInfo(

@@ -201,17 +201,18 @@ class KronosPredictor:
         df: pd.DataFrame,
         x_timestamp: Times,
         y_timestamp: Times,
-        *,
+        pred_len: int | None = None,
         T: float = 1.0,
         top_k: int | None = 0,
         top_p: float | None = 0.9,
         sample_count: int = 30,
+        *,
         quantiles: Sequence[float] = (0.1, 0.5, 0.9),
         seed: int | None = None,
         window: str = "exact",
         verbose: bool = False,
     ) -> Forecast:
-        """Every sampled path with quantiles and mean; the horizon is the length of y_timestamp.
+        """Every sampled path with quantiles and mean; the horizon is the length of y_timestamp, and pred_len if given.
 
         seed: drawn and returned if it is None. Raises InputError as predict does.
         """
@@ -222,7 +223,7 @@ class KronosPredictor:
                 )
         seed = secrets.randbits(32) if seed is None else seed
         sampling = _sampling(T, top_k, top_p, sample_count, seed)
-        series = series_from_frame(df, x_timestamp, y_timestamp)
+        series = series_from_frame(df, x_timestamp, y_timestamp, pred_len)
         with tqdm(total=series.horizon, disable=not verbose, unit="bar") as progress:
             result = self.forecast_series(
                 series, sampling, window=window, on_step=lambda bars: _advance(progress, bars)
