@@ -46,7 +46,13 @@ class Engine:
         Raises QueueFullError or RequestTooLargeError, and then none of the requests has been taken.
         """
         self.submit(requests)
-        self.wait(requests)
+        try:
+            self.wait(requests)
+        except BaseException:
+            # An interrupt: nobody waits for these any more, so the next step drops what is left of them.
+            for request in requests:
+                request.should_stop = lambda: True
+            raise
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Puts requests into the queue, all of them or none."""

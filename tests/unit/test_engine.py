@@ -279,3 +279,17 @@ def test_arena_catches_leaks_and_double_frees():
         arena.release(block)
     with pytest.raises(ValueError, match="positive"):
         arena.allocate(0)
+
+
+def test_an_interrupted_caller_leaves_nothing_behind(tiny, series_of):
+    def interrupt(step):
+        raise KeyboardInterrupt
+
+    running = engine(tiny)
+    with pytest.raises(KeyboardInterrupt):
+        running.run([Request(series_of(0, 30, 50), Sampling(seed=0), on_step=interrupt)])
+    other = Request(series_of(0, 30, 5), Sampling(seed=0))
+    running.run([other])
+    assert other.state is State.FINISHED
+    assert running.cache_slots()[0] == running.running_rows() == 0
+    running.check_integrity()
