@@ -6,9 +6,10 @@ BIN    := $(VENV)/bin
 .PHONY: serve test lint bench clean
 
 # The environment is rebuilt when a requirements file is newer than the last install.
-$(VENV)/.installed: requirements.txt requirements-dev.txt
+$(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
 # Ray Serve on http://127.0.0.1:8000 with the bundled checkpoint; Ctrl-C stops it and its local Ray cluster.
