@@ -22,6 +22,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 disable_created_metrics()
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+FORECAST_ROUTES = ("/v1/forecast", "/v1/predict/single", "/v1/predict/batch")
 _ROWS = (1, 16, 64, 128, 256, 512, 1024, 2048, 8192, 32768, 131072, 524288, 1048576)
 
 
@@ -72,6 +73,9 @@ class Metrics:
         self.size_rejections = Counter(
             "kronos_request_size_rejections_total", "Bodies over the limit", ["container"], registry=self.registry
         )
+        # A counter without a sample is invisible to whoever wants to alert on it.
+        for endpoint in FORECAST_ROUTES:
+            self.timeouts.labels(endpoint)
         self.retries = Counter(
             "kronos_retries_total", "Jobs sent again because their replica was lost", registry=self.registry
         )

@@ -48,6 +48,8 @@ class ModelStore:
         task = self._loading.get(alias)
         if task is None:
             task = self._loading[alias] = asyncio.ensure_future(self._load_in_thread(alias))
+            # A failure is remembered and logged; with everybody gone who asked, asyncio would log a stack beside.
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
         # Shielded: a request that gives up must not stop the loading that others wait for.
         return await asyncio.shield(task)
 
