@@ -72,7 +72,7 @@ def _how_made(training: dict[str, Any]) -> str:
 Data: {data} Seed of the run: {training["config"]["run"]["seed"]}.
 {training["config"]["run"]["num_workers"]} worker(s) on {training["device"]}, torch {training["torch"]}.
 
-| stage | weights | steps | bars read | minutes | validation loss |
+| stage | weights | steps | bars read | minutes (wall) | validation loss |
 |---|---|---|---|---|---|
 {rows}"""
 

@@ -39,7 +39,7 @@ CLOSE = 3
 class Setting:
     """windows: forecasts a data set. history, horizon: bars. samples: paths a forecast, drawn at T = 1, top_p = 1."""
 
-    windows: int = 40
+    windows: int = 200
     history: int = 400
     horizon: int = 48
     samples: int = 20

@@ -5,6 +5,7 @@ S samples, H bars, 6 columns in the order of model.types.COLUMNS.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ OPEN, HIGH, LOW, CLOSE = range(4)
 
 def prediction_json(item: Prepared, values: np.ndarray, done: Done, warning: str | None) -> dict[str, Any]:
     """One answer of /v1/predict: the mean path, as the public predict returns it. values: float64 [S, H, 6]."""
-    rows = values.mean(axis=0).tolist()
+    columns = columns_json(values.mean(axis=0), shown_decimals(values))
+    rows = zip(*columns.values(), strict=True)
     return {
         "series_id": item.id,
         "prediction": [
@@ -81,16 +83,18 @@ def forecast_json(
 def _series_json(request: ForecastRequest, item: Prepared, values: np.ndarray, window: Window) -> dict[str, Any]:
     sampling = item.task.sampling
     levels = np.quantile(values, request.quantiles, axis=0)
+    decimals = shown_decimals(values)
     answer: dict[str, Any] = {
         "id": item.id,
         "timestamps": list(item.future),
-        "mean": columns_json(values.mean(axis=0)),
+        "mean": columns_json(values.mean(axis=0), decimals),
         "quantiles": {
-            json_safe_level(level): columns_json(table) for level, table in zip(request.quantiles, levels, strict=True)
+            json_safe_level(level): columns_json(table, decimals)
+            for level, table in zip(request.quantiles, levels, strict=True)
         },
     }
     if request.return_paths:
-        answer["paths"] = [columns_json(path) for path in values]
+        answer["paths"] = [columns_json(path, decimals) for path in values]
     answer["summary"] = summary(values[:, :, CLOSE], item.candles[:, CLOSE])
     answer["window"] = {"context_used": window.context_used, "slid": window.slid, "policy": window.policy}
     answer["parameters"] = {
@@ -104,9 +108,21 @@ def _series_json(request: ForecastRequest, item: Prepared, values: np.ndarray, w
     return answer
 
 
-def columns_json(table: np.ndarray) -> dict[str, list[float]]:
-    """[H, 6] → {column: [H]}."""
-    return dict(zip(COLUMNS, table.T.tolist(), strict=True))
+def shown_decimals(values: np.ndarray) -> list[int]:
+    """Decimals per column that show nine digits of its largest value in [S, H, 6]: float32 holds seven.
+
+    One number for the four prices and for all tables of a series, so that rounding keeps order: a high stays at or
+    above its close, a quantile at or above a lower one.
+    """
+    largest = np.abs(values).reshape(-1, len(COLUMNS)).max(axis=0)
+    largest[: CLOSE + 1] = largest[: CLOSE + 1].max()
+    return [8 - math.floor(math.log10(value)) if value > 0 else 0 for value in largest.tolist()]
+
+
+def columns_json(table: np.ndarray, decimals: Sequence[int]) -> dict[str, list[float]]:
+    """[H, 6] → {column: [H]}, rounded."""
+    columns = zip(COLUMNS, table.T, decimals, strict=True)
+    return {name: np.round(column, digits).tolist() for name, column, digits in columns}
 
 
 def repair_candles(values: np.ndarray) -> tuple[np.ndarray, int]:
