@@ -85,8 +85,8 @@ def _measured(numbers: dict[str, Any]) -> str:
 {setting["history"]} bars of history, {setting["horizon"]} ahead, {setting["samples"]} paths at T = 1, top_p = 1, seed \
 {setting["seed"]}; nothing repaired or
 calibrated. CRPS (fair estimator) of the close in units of the history's one-bar move; the baseline is the last price
-as a random walk with the history's volatility. Below 1 the ratio is in the model's favour. Where a data set has few bars
-for its forecasts they overlap, and the bootstrap's intervals are then too narrow. {AIMS}"""
+as a random walk with the history's volatility. Below 1 the ratio is in the model's favour. Where a data set has few
+bars for its forecasts they overlap, and the bootstrap's intervals are then too narrow. {AIMS}"""
     ]
     for scores in numbers["sets"]:
         rows = "\n".join(
