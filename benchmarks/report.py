@@ -34,10 +34,11 @@ def main() -> None:
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
+    machine = result["device"].split(",")[0].removeprefix("cpu (")
     text = (
-        f"{BEGIN}\nSeconds for a whole forecast, random weights of the published shapes, "
-        f"{result['threads']} threads of a {result['device'].split(',')[0].removeprefix('cpu (')}, {result['date']}; ratio = time of the public "
-        f"implementation / ours, in the same run.\n\n{table(result)}\n\n`{result['command']}`\n{END}"
+        f"{BEGIN}\nSeconds for a whole forecast, random weights of the published shapes, {result['threads']} threads of "
+        f"a {machine}, {result['date']}; ratio = time of the public implementation / ours, in the same run.\n\n"
+        f"{table(result)}\n\n`{result['command']}`\n{END}"
     )
     readme.write_text(before + text + after, encoding="utf-8")
 
