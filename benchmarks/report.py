@@ -36,7 +36,7 @@ def main() -> None:
     _, _, after = rest.partition(END)
     machine = result["device"].split(",")[0].removeprefix("cpu (")
     text = (
-        f"{BEGIN}\nSeconds for a whole forecast, random weights of the published shapes, {result['threads']} threads of "
+        f"{BEGIN}\nSeconds per whole forecast, random weights in the published shapes, {result['threads']} threads of "
         f"a {machine}, {result['date']}; ratio = time of the public implementation / ours, in the same run.\n\n"
         f"{table(result)}\n\n`{result['command']}`\n{END}"
     )

@@ -66,7 +66,7 @@ def test_memory_stays_flat(tiny, bars, count):
 def test_the_same_check_catches_a_leak(tiny, bars):
     engine = Engine(*tiny, EngineConfig(cache_bytes=2**22))
     kept = []
-    growth = soak(engine, bars, 1200, leak=lambda request: kept.append(np.ones(2**13)))
+    growth = soak(engine, bars, 1200, leak=lambda request: kept.append(np.ones(2**15)))
     assert growth > GROWTH_LIMIT
 
 
