@@ -37,7 +37,7 @@ def main() -> None:
     machine = result["device"].split(",")[0].removeprefix("cpu (")
     text = (
         f"{BEGIN}\nSeconds per whole forecast, random weights in the published shapes, {result['threads']} threads of "
-        f"a {machine}, {result['date']}; ratio = time of the public implementation / ours, in the same run.\n\n"
+        f"an {machine}, {result['date']}; ratio = time of the public implementation / ours, in the same run.\n\n"
         f"{table(result)}\n\n`{result['command']}`\n{END}"
     )
     readme.write_text(before + text + after, encoding="utf-8")
