@@ -165,7 +165,8 @@ class Engine:
         return ended
 
     def _fail(self, request: Request, error: BaseException) -> bool:
-        logger.error("a request failed: %s: %s", type(error).__name__, error)
+        # As text: a handler that keeps its records would keep the traceback, and with it the tensors of its frames.
+        logger.error("a request failed: %s: %s", type(error).__name__, str(error))
         request.error = error
         return self._end(request, State.FAILED)
 
