@@ -4,7 +4,7 @@
 
 It is a process of its own, because the public package is called `model` too. JOB.json holds the constructor arguments
 of a random pair, the candles' CSV and forecast settings; OUT_FOLDER receives the weights as safetensors with
-config.json, and forecasts.npz.
+config.json, and forecasts.npz: per case the frames, and as tokens/CASE the sampled tokens [rows, horizon, 2].
 """
 
 import json
@@ -32,6 +32,15 @@ def main(checkout: str, job_file: str, out_folder: str) -> None:
             {key: value.contiguous() for key, value in network.state_dict().items()}, out / name / "model.safetensors"
         )
 
+    decoded = []
+    decode = networks["tokenizer"].decode
+
+    def recording_decode(tokens, half=False):
+        """The last step of a forecast: what it is given are the window's tokens, history first."""
+        decoded.append(torch.stack(list(tokens), dim=-1).numpy())
+        return decode(tokens, half=half)
+
+    networks["tokenizer"].decode = recording_decode
     bars = pd.read_csv(job["candles"], parse_dates=["timestamps"])
     forecasts = {}
     for case in job["cases"]:
@@ -56,6 +65,7 @@ def main(checkout: str, job_file: str, out_folder: str) -> None:
             verbose=False,
         )
         forecasts[case["name"]] = np.stack([frame.to_numpy() for frame in frames])
+        forecasts[f"tokens/{case['name']}"] = decoded.pop()[:, -case["horizon"] :]
     np.savez(out / "forecasts.npz", **forecasts)
 
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from model import Kronos, KronosPredictor, KronosTokenizer
+from model.frames import series_from_frame
+from model.types import Sampling
 
 SHAPES = {
     "learned_times": {"n_heads": 2, "d_model": 40, "bits": 4, "learn_te": True},
@@ -28,14 +30,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_forecasts_equal_the_public_implementation(shape, reference, candles_csv, tmp_path):
+def run_reference(shape, cases, reference, candles_csv, folder):
+    """The public implementation's answers for the cases, and our networks with its weights."""
     size = SHAPES[shape]
     width = {"d_model": size["d_model"], "n_heads": size["n_heads"], "ff_dim": 2 * size["d_model"]}
     bits = {"s1_bits": size["bits"], "s2_bits": size["bits"]}
     dropout = {"ffn_dropout_p": 0.1, "attn_dropout_p": 0.0, "resid_dropout_p": 0.1}
     loss = {"beta": 0.05, "gamma0": 1.0, "gamma": 1.1, "zeta": 0.05, "group_size": 2}
-    cases = [case | {"T": 0.9, "sample_count": 3, "seed": 5} for case in CASES]
     job = {
         "weights_seed": 1,
         "model": bits | width | dropout | {"n_layers": 3, "token_dropout_p": 0.1, "learn_te": size["learn_te"]},
@@ -43,16 +44,20 @@ def test_forecasts_equal_the_public_implementation(shape, reference, candles_csv
         "candles": str(candles_csv),
         "cases": cases,
     }
-    (tmp_path / "job.json").write_text(json.dumps(job))
+    (folder / "job.json").write_text(json.dumps(job))
     runner = Path(__file__).with_name("reference_runner.py")
-    subprocess.run([sys.executable, str(runner), str(reference), str(tmp_path / "job.json"), str(tmp_path)], check=True)
+    subprocess.run([sys.executable, str(runner), str(reference), str(folder / "job.json"), str(folder)], check=True)
+    pair = Kronos.from_pretrained(folder / "model"), KronosTokenizer.from_pretrained(folder / "tokenizer")
+    return np.load(folder / "forecasts.npz"), pair
 
-    theirs = np.load(tmp_path / "forecasts.npz")
-    model = Kronos.from_pretrained(tmp_path / "model")
-    tokenizer = KronosTokenizer.from_pretrained(tmp_path / "tokenizer")
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forecasts_equal_the_public_implementation(shape, reference, candles_csv, tmp_path):
+    cases = [case | {"T": 0.9, "sample_count": 3, "seed": 5} for case in CASES]
+    theirs, pair = run_reference(shape, cases, reference, candles_csv, tmp_path)
     bars = pd.read_csv(candles_csv, parse_dates=["timestamps"])
     for case in cases:
-        predictor = KronosPredictor(model, tokenizer, device="cpu", max_context=case["max_context"])
+        predictor = KronosPredictor(*pair, device="cpu", max_context=case["max_context"])
         ends = [start + case["lookback"] for start in case["starts"]]
         histories = [bars[start:end] for start, end in zip(case["starts"], ends, strict=True)]
         futures = [bars[end : end + case["horizon"]] for end in ends]
@@ -69,3 +74,18 @@ def test_forecasts_equal_the_public_implementation(shape, reference, candles_csv
             verbose=False,
         )
         np.testing.assert_allclose(np.stack(ours), theirs[case["name"]], rtol=1e-5, err_msg=f"{shape}, {case['name']}")
+
+
+@pytest.mark.timeout(900)
+def test_more_than_20000_tokens_equal_the_public_ones(reference, candles_csv, tmp_path):
+    """Under torch.manual_seed a request through the engine draws the public implementation's tokens, each of them."""
+    case = {"name": "bulk", "starts": [20], "lookback": 60, "horizon": 110, "max_context": 512, "top_k": 0}
+    case |= {"top_p": 0.9, "T": 1.0, "sample_count": 100, "seed": 17}
+    theirs, pair = run_reference("mini_shape", [case], reference, candles_csv, tmp_path)
+    bars = pd.read_csv(candles_csv, parse_dates=["timestamps"])
+    series = series_from_frame(bars[20:80], bars.timestamps[20:80], bars.timestamps[80:190])
+    torch.manual_seed(17)
+    ours = KronosPredictor(*pair, device="cpu").forecast_series(series, Sampling(top_p=0.9, samples=100))
+    assert ours.tokens.size == 22_000
+    assert len(np.unique(ours.tokens)) > 100
+    np.testing.assert_array_equal(ours.tokens, theirs["tokens/bulk"])
