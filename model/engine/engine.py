@@ -38,7 +38,6 @@ class Engine:
         self._books = threading.RLock()
         self._turn = threading.Condition()
         self._driving = False
-        self.steps = 0
 
     def run(self, requests: Sequence[Request]) -> None:
         """Submits requests and returns once all have ended; each one's state says how.
@@ -95,7 +94,6 @@ class Engine:
                 except Exception as error:
                     ended |= self._fail(request, error)
             plan = self._scheduler.plan()
-        self.steps += 1
         if plan.prefill is not None:
             request, bars = plan.prefill
             try:
@@ -106,6 +104,7 @@ class Engine:
                 with self._books:
                     self._scheduler.prefilled(request, bars)
         stepped = self._step_lanes([self._lanes[request] for request in plan.decode])
+        ended |= len(stepped) < len(plan.decode)
         for lane in stepped:
             ended |= self._update(lane)
         return ended
@@ -114,7 +113,7 @@ class Engine:
         """One step of all lanes. If it raises, each is stepped alone, so that only the cause ends."""
         if not lanes:
             return []
-        before = [(lane.step, lane.cache.own_length) for lane in lanes]
+        before = [(lane.start, lane.cache.own_length) for lane in lanes]
         try:
             self._runner.step(lanes)
             return lanes
@@ -123,8 +122,9 @@ class Engine:
                 self._fail(lanes[0].request, error)
                 return []
             stepped = []
-            for lane, (step, own_length) in zip(lanes, before, strict=True):
-                lane.step, lane.cache.own_length = step, own_length
+            for lane, (start, own_length) in zip(lanes, before, strict=True):
+                # With its old start, a window that had moved already is moved and computed again.
+                lane.start, lane.cache.own_length = start, own_length
                 stepped += self._step_lanes([lane])
             return stepped
 

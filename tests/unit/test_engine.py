@@ -182,6 +182,24 @@ def test_a_failing_step_ends_only_the_lane_that_causes_it(tiny, series_of, monke
         np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 512)[0])
 
 
+def test_a_step_that_fails_after_windows_have_moved_is_taken_again(tiny, series_of, monkeypatch):
+    """The lanes beside the cause have recomputed their windows by then, here past the end of the history."""
+    running = engine(tiny, max_context=20)
+    requests = [Request(series_of(100 * i, 12, 45), Sampling(samples=2, seed=i)) for i in range(3)]
+    noise = running._runner._noise
+
+    def failing(lanes, head, vocabulary):
+        if any(lane.request is requests[1] and lane.step == 38 for lane in lanes):
+            raise RuntimeError("bad row")
+        return noise(lanes, head, vocabulary)
+
+    monkeypatch.setattr(running._runner, "_noise", failing)
+    running.run(requests)
+    assert [request.state for request in requests] == [State.FINISHED, State.FAILED, State.FINISHED]
+    for request in (requests[0], requests[2]):
+        np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 20)[0])
+
+
 def test_cancelled_rows_leave_within_one_step(tiny, series_of):
     stop = threading.Event()
     request = Request(series_of(0, 30, 200), Sampling(samples=4, seed=0), should_stop=stop.is_set)
