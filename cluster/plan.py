@@ -62,9 +62,6 @@ class Plan:
     device_warning: str | None = None
     warnings: tuple[str, ...] = ()
 
-    def has(self, name: str) -> bool:
-        return any(group.name == name for group in self.groups)
-
 
 def gpu_slots(total_gpus: float, num_gpus: float) -> int:
     """How many replicas with num_gpus GPUs each fit. A fraction never spans two GPUs: 3 × 0.4 does not fit on one."""

@@ -85,11 +85,9 @@ def seeded_noise(seed: int, device: torch.device) -> Noise:
     Counter-based Philox4x32-10; row i of a request is its path i. The logarithm is taken in float64, so that its last
     bit does not depend on a vector library.
     """
-    # MPS has no float64; the noise is then made on the CPU and moved.
-    where = torch.device("cpu") if device.type == "mps" else device
 
     def draw(rows: int, vocabulary: int, step: int, head: int) -> Tensor:
-        paths = torch.arange(rows, device=where)
+        paths = torch.arange(rows, device=device)
         return philox_noise(seed, paths, torch.full_like(paths, 2 * step + head), vocabulary)
 
     return draw
@@ -102,12 +100,16 @@ def split_seed(seed: int) -> tuple[int, int]:
 
 def philox_noise(seed: int, path: Tensor, position: Tensor, vocabulary: int) -> Tensor:
     """Exp(1) noise float32 [..., V] of paths and positions (2 * step + head), int64 [...]; their shapes broadcast."""
-    block = torch.arange((vocabulary + 3) // 4, device=path.device)
+    device = path.device
+    # MPS has no float64; the noise is then made on the CPU and moved.
+    where = torch.device("cpu") if device.type == "mps" else device
+    path, position = path.to(where), position.to(where)
+    block = torch.arange((vocabulary + 3) // 4, device=where)
     counter = (block, path.unsqueeze(-1), position.unsqueeze(-1), torch.zeros_like(block))
     words = philox(counter, split_seed(seed))
     bits = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(-2)[..., :vocabulary]
     uniform = (bits.double() + 0.5) * 2.0**-32
-    return -torch.log(uniform).float()
+    return -torch.log(uniform).float().to(device)
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

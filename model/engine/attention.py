@@ -104,12 +104,11 @@ class SequenceCache:
                 own_scores = own_scores.masked_fill(~seen, -torch.inf)
             scores.append(own_scores.transpose(0, 1).reshape(heads, paths * new, own))
         weights = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)).softmax(-1).to(dtype)
-        mixed = torch.zeros((), device=q.device)
+        parts = []
         if bars:
-            mixed = mixed + (weights[..., :bars] @ values[:, :bars]).float().view(heads, paths, new, width).transpose(
-                0, 1
-            )
+            shared = (weights[..., :bars] @ values[:, :bars]).float()
+            parts.append(shared.view(heads, paths, new, width).transpose(0, 1))
         if own:
             by_path = weights[..., bars:].reshape(heads, paths, new, own).transpose(0, 1)
-            mixed = mixed + (by_path @ own_values[:, :, :own]).float()
-        return mixed
+            parts.append((by_path @ own_values[:, :, :own]).float())
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]

@@ -57,8 +57,6 @@ class SeededNoise:
 
     def __init__(self, seed: int, rows: int, vocabulary: int, device: torch.device) -> None:
         """vocabulary: the larger of both heads'; the noise of an entry does not depend on how many there are."""
-        # MPS has no float64; the noise is then made on the CPU and moved.
-        self._made_on = torch.device("cpu") if device.type == "mps" else device
         self._seed, self._rows, self._vocabulary, self._device = seed, rows, vocabulary, device
         self._first = -self.STEPS
         self._noise = torch.empty(0)
@@ -67,10 +65,9 @@ class SeededNoise:
         """Exp(1) noise float32 [S, vocabulary]."""
         if not self._first <= step < self._first + self.STEPS:
             self._first = step - step % self.STEPS
-            positions = torch.arange(2 * self._first, 2 * (self._first + self.STEPS), device=self._made_on)
-            paths = torch.arange(self._rows, device=self._made_on)
-            noise = philox_noise(self._seed, paths, positions.unsqueeze(1), self._vocabulary)
-            self._noise = noise.to(self._device)
+            positions = torch.arange(2 * self._first, 2 * (self._first + self.STEPS), device=self._device)
+            paths = torch.arange(self._rows, device=self._device)
+            self._noise = philox_noise(self._seed, paths, positions.unsqueeze(1), self._vocabulary)
         return self._noise[2 * (step - self._first) + head, :, :vocabulary]
 
 
