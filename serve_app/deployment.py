@@ -175,7 +175,7 @@ class KronosReplica:
         try:
             if should_stop():
                 raise ForecastCancelledError("stopped before the first step")
-            return engine.forecast(task.series, task.sampling, should_stop=should_stop)
+            return engine.forecast(task.series, task.sampling, window=task.window, should_stop=should_stop)
         except InputError as error:
             raise _TaskError(task, error) from None
         finally:

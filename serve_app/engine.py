@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from model.engine.types import BarsCallback
 from model.types import Paths, Sampling, Series, StepCallback, StopCheck
 from serve_app.config import AppConfig
 from serve_app.jobs import DeviceFacts, Identity
@@ -25,10 +26,14 @@ class PredictorEngine:
         series: Series,
         sampling: Sampling,
         *,
+        window: str = "exact",
         should_stop: StopCheck | None = None,
         on_step: StepCallback | None = None,
+        on_bars: BarsCallback | None = None,
     ) -> Paths:
-        paths: Paths = self._predictor.forecast_series(series, sampling, should_stop=should_stop, on_step=on_step)
+        paths: Paths = self._predictor.forecast_series(
+            series, sampling, window=window, should_stop=should_stop, on_step=on_step, on_bars=on_bars
+        )
         return paths
 
     def cache_slots(self) -> tuple[int, int]:

@@ -5,19 +5,26 @@ The ingress is written against Backend, the replica against Engine: both are tes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
+from model.engine.types import BarsCallback
 from model.types import Paths, Sampling, Series, StepCallback, StopCheck
 
 
 @dataclass(frozen=True)
 class Task:
-    """One series of a job. The seed is drawn before dispatch, so that a retry gives the numbers of the first try."""
+    """One series of a job. The seed is drawn before dispatch, so that a retry gives the numbers of the first try.
+
+    window: a policy as model.engine.types.WindowPolicy.parse reads it.
+    """
 
     series: Series
     sampling: Sampling
+    window: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -108,10 +115,12 @@ class Engine(Protocol):
         series: Series,
         sampling: Sampling,
         *,
+        window: str = "exact",
         should_stop: StopCheck | None = None,
         on_step: StepCallback | None = None,
+        on_bars: BarsCallback | None = None,
     ) -> Paths:
-        """Blocks until all paths are there.
+        """Blocks until all paths are there. on_bars receives bars as soon as they are final.
 
         Raises InputError, ForecastCancelledError once should_stop() is true, and EngineFullError.
         """
@@ -131,6 +140,18 @@ class Answered:
     done: Done
     group: str
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Bars of one task that will not change any more, sent while the job still runs.
+
+    task: index in the job. first: index of the first bar. values: candles float64 [S, n, 6].
+    """
+
+    task: int
+    first: int
+    values: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -157,6 +178,12 @@ class Backend(Protocol):
 
     async def forecast(self, job: Job, prefer: str | None) -> Answered:
         """prefer: "cpu" or "gpu" for a replica group, None for the usual order. Raises ServiceError."""
+
+    def stream(self, job: Job, prefer: str | None) -> AsyncIterator[Bars | Answered]:
+        """Bars as they become final, of every task from its first bar on and without gaps; Answered comes last.
+
+        A retry goes on where the lost replica stopped. Closing the iterator stops the computing. Raises ServiceError.
+        """
 
     def replicas(self) -> Sequence[ReplicaView]:
         """All live replicas of all groups. Costs no remote call."""

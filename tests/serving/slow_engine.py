@@ -22,7 +22,7 @@ class SlowEngine:
     def cache_slots(self):
         return 3, 7
 
-    def forecast(self, series, sampling, *, should_stop=None, on_step=None):
+    def forecast(self, series, sampling, *, window="exact", should_stop=None, on_step=None, on_bars=None):
         for _ in range(series.horizon):
             if should_stop is not None and should_stop():
                 raise ForecastCancelledError("stopped")

@@ -40,7 +40,7 @@ class FakeEngine:
     def cache_slots(self):
         return 3, 7
 
-    def forecast(self, series, sampling, *, should_stop=None, on_step=None):
+    def forecast(self, series, sampling, *, window="exact", should_stop=None, on_step=None, on_bars=None):
         if sampling.top_k == 13:
             raise InputError("thirteen", code="unlucky", column="close", row=4)
         if sampling.top_k in REFUSALS:
