@@ -12,10 +12,10 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-# Ray Serve on http://127.0.0.1:8000 with the bundled checkpoint; Ctrl-C stops it and its local Ray cluster.
+# Ray Serve on http://127.0.0.1:8000 with the bundled checkpoint. Ctrl-C: requests in flight finish, then it stops with its
+# local Ray cluster; a second Ctrl-C does not wait for them.
 serve: $(VENV)/.installed
-	$(BIN)/python -m serve_app.cli check-config serve_config.yaml --port-free
-	exec $(BIN)/serve run serve_config.yaml
+	exec $(BIN)/python -m serve_app.run serve_config.yaml $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.plan import GroupRequest, Plan, PlannedGroup, Scale, plan_groups, probe_resources
 from serve_app.config import AppConfig, GroupConfig
 from serve_app.deployment import Factory, KronosReplica
+from serve_app.draining import Drain
 from serve_app.engine import EngineFactory
 from serve_app.environment import apply_environment
 from serve_app.ingress import create_app
@@ -44,14 +45,19 @@ class Ingress:
         self._config = config
         self._warnings = warnings
         self._backend = RayBackend(groups, plan, config.limits.replica_wait_s)
+        self._drain = Drain()
         for warning in warnings:
             log(logging.WARNING, warning)
         log(logging.INFO, "effective settings", settings=public_settings(config), groups=self._backend.groups())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        app = create_app(self._backend, self._config, self._warnings, behind_serve=True)
+        app = create_app(self._backend, self._config, self._warnings, behind_serve=True, drain=self._drain)
         self._backend.on_retry = app.state.metrics.retries.inc
         return app
+
+    async def drain(self) -> int:
+        """Refuses new work from now on; the number of requests in flight. Reached by handle only, never over HTTP."""
+        return self._drain.start()
 
 
 def build_app(args: AppConfig) -> serve.Application:

@@ -90,7 +90,7 @@ def _dotted(place: tuple[str | int, ...]) -> str:
     return ".".join(map(str, place)) or "the configuration"
 
 
-def _port_errors(path: str) -> list[str]:
+def port_errors(path: str) -> list[str]:
     """Ray's proxy would share the port of another service without a word, and the two would answer in turn."""
     with open(path, encoding="utf-8") as file:
         options = (yaml.safe_load(file) or {}).get("http_options", {})
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     errors, warnings = check_config(options.path, os.environ)
     if options.port_free and not errors:
-        errors = _port_errors(options.path)
+        errors = port_errors(options.path)
     for warning in warnings:
         print(f"warning: {warning}")
     for error in errors:

@@ -30,6 +30,7 @@ STATUS = {
     "rate_limited": 429,
     "queue_full": 429,
     "internal": 500,
+    "draining": 503,
     "model_unavailable": 503,
     "no_replica": 503,
     "not_ready": 503,
@@ -39,6 +40,7 @@ STATUS = {
 RETRY_AFTER_S = {
     "rate_limited": 60.0,
     "queue_full": 1.0,
+    "draining": 15.0,
     "model_unavailable": 30.0,
     "no_replica": 5.0,
     "not_ready": 2.0,

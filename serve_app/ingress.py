@@ -18,6 +18,7 @@ from serve_app import schemas
 from serve_app.answers import forecast_json, prediction_json
 from serve_app.bodies import parse_json, read_body
 from serve_app.config import AppConfig
+from serve_app.draining import Drain, DrainMiddleware
 from serve_app.errors import FieldError, Loc, ServiceError, clip_text, field_errors, invalid_fields
 from serve_app.jobs import Answered, Backend, Job
 from serve_app.limits import RateLimiter
@@ -33,13 +34,20 @@ Read = Callable[[bytes], tuple[BaseModel, list[Prepared], int]]
 
 
 def create_app(
-    backend: Backend, config: AppConfig, warnings: Sequence[str] = (), *, behind_serve: bool = False
+    backend: Backend,
+    config: AppConfig,
+    warnings: Sequence[str] = (),
+    *,
+    behind_serve: bool = False,
+    drain: Drain | None = None,
 ) -> FastAPI:
     """The ASGI application.
 
-    warnings: what the plan and the environment had to say, shown at /v1/info. behind_serve: see RequestContext.
+    warnings: what the plan and the environment had to say, shown at /v1/info. behind_serve: see RequestContext. drain:
+    for whoever wants to stop it; see serve_app.run.
     """
     metrics = Metrics()
+    drain = drain or Drain()
     app = FastAPI(
         title="Kronos on Ray Serve",
         description="Forecasts of candlesticks: sampled paths, their mean, quantiles and what they say.",
@@ -48,10 +56,11 @@ def create_app(
     )
     app.state.metrics = metrics
     _add_error_handlers(app, metrics)
-    _add_status_routes(app, Status(backend, config, warnings), metrics)
+    _add_status_routes(app, Status(backend, config, warnings), metrics, drain)
     _add_forecast_routes(app, Forecasting(backend, config, metrics))
     describe_bodies(app)
     routes = frozenset(getattr(route, "path", "") for route in app.routes)
+    app.add_middleware(DrainMiddleware, drain=drain)
     app.add_middleware(RequestContext, metrics=metrics, routes=routes, behind_serve=behind_serve)
     return app
 
@@ -221,7 +230,7 @@ def _add_forecast_routes(app: FastAPI, forecasting: Forecasting) -> None:
         return await forecasting.answer(request, forecasting.read_forecast, forecast_json)
 
 
-def _add_status_routes(app: FastAPI, status: Status, metrics: Metrics) -> None:
+def _add_status_routes(app: FastAPI, status: Status, metrics: Metrics, drain: Drain) -> None:
     @app.get("/v1/healthz", summary="The process lives")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
@@ -230,10 +239,15 @@ def _add_status_routes(app: FastAPI, status: Status, metrics: Metrics) -> None:
     async def healthz_detailed() -> dict[str, Any]:
         return await asyncio.to_thread(status.health)
 
-    @app.get("/v1/readyz", summary="200 once every always-on model has made a warm-up forecast, else 503")
+    @app.get(
+        "/v1/readyz",
+        summary="200 once every always-on model has made a warm-up forecast, until the service stops; else 503",
+    )
     async def readyz() -> JSONResponse:
         body, ready = status.readiness()
-        headers = {} if ready else ServiceError("not_ready", "loading").headers
+        if drain.draining:
+            body["status"], ready = "draining", False
+        headers = {} if ready else ServiceError("not_ready", "not ready").headers
         return JSONResponse(body, 200 if ready else 503, headers)
 
     @app.get("/v1/models", summary="What can be asked for, and its state")

@@ -1,11 +1,13 @@
 """An engine whose speed a test decides. In a module of its own, because Ray's workers import it."""
 
 import time
+from typing import Any
 
 import numpy as np
 
 from model.errors import ForecastCancelledError
 from model.types import Paths, Window
+from serve_app.config import AppConfig
 from serve_app.jobs import DeviceFacts, Identity
 
 STEP_S = 0.05
@@ -44,3 +46,10 @@ class SlowFactory:
 
     def prepare_process(self, threads):
         pass
+
+
+def build_app(args: AppConfig) -> Any:
+    """A whole application over the slow engine, for a configuration file's import_path."""
+    from serve_app.app import assemble
+
+    return assemble(args, {}, {"CPU": 8.0}, SlowFactory)
