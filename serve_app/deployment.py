@@ -25,6 +25,7 @@ from serve_app.config import AppConfig, GroupConfig
 from serve_app.jobs import DeviceFacts, Done, Engine, Failed, Job, Task
 from serve_app.logs import configure_logging, log
 from serve_app.model_store import ModelStore, ModelUnavailableError
+from serve_app.replica_metrics import replica_counters
 
 RETRY_LOADING_S = 5.0
 
@@ -198,6 +199,7 @@ class KronosReplica:
             "cache_slots_used": sum(used for used, _ in slots),
             "cache_slots_free": sum(free for _, free in slots),
             "models": self._store.states(list(self.config.models)),
+            "counters": replica_counters(self._store.engines, self._store.counts),
         }
 
     def _retry_always_on(self) -> None:

@@ -5,6 +5,8 @@ torch is imported when an engine is made, not with this module, so that the ingr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from model.engine.types import BarsCallback
@@ -39,6 +41,9 @@ class PredictorEngine:
     def cache_slots(self) -> tuple[int, int]:
         slots: tuple[int, int] = self._predictor.engine.cache_slots()
         return slots
+
+    def stats(self) -> Mapping[str, float]:
+        return asdict(self._predictor.engine.stats())
 
 
 class EngineFactory:

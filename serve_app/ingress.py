@@ -26,6 +26,7 @@ from serve_app.metrics import Metrics
 from serve_app.middleware import Record, RequestContext
 from serve_app.openapi import ERRORS, describe_bodies, request_body
 from serve_app.prepare import Prepared, prepare_forecast, prepare_predictions
+from serve_app.replica_metrics import ServiceCollector
 from serve_app.status import Status, joined
 
 INDEX_PAGE = Path(__file__).parent / "static" / "index.html"
@@ -56,7 +57,9 @@ def create_app(
     )
     app.state.metrics = metrics
     _add_error_handlers(app, metrics)
-    _add_status_routes(app, Status(backend, config, warnings), metrics, drain)
+    status = Status(backend, config, warnings, drain)
+    metrics.add(ServiceCollector(backend, status.readiness))
+    _add_status_routes(app, status, metrics)
     _add_forecast_routes(app, Forecasting(backend, config, metrics))
     describe_bodies(app)
     routes = frozenset(getattr(route, "path", "") for route in app.routes)
@@ -146,6 +149,7 @@ class Forecasting:
             ) from None
         done = answered.done
         self.metrics.inference.labels(record.route).observe(done.compute_ms / 1000)
+        self.metrics.queue_wait.labels(record.route).observe(done.queue_ms / 1000)
         record.details.update(
             model=model,
             model_inference_ms=round(done.compute_ms, 2),
@@ -230,7 +234,7 @@ def _add_forecast_routes(app: FastAPI, forecasting: Forecasting) -> None:
         return await forecasting.answer(request, forecasting.read_forecast, forecast_json)
 
 
-def _add_status_routes(app: FastAPI, status: Status, metrics: Metrics, drain: Drain) -> None:
+def _add_status_routes(app: FastAPI, status: Status, metrics: Metrics) -> None:
     @app.get("/v1/healthz", summary="The process lives")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
@@ -245,8 +249,6 @@ def _add_status_routes(app: FastAPI, status: Status, metrics: Metrics, drain: Dr
     )
     async def readyz() -> JSONResponse:
         body, ready = status.readiness()
-        if drain.draining:
-            body["status"], ready = "draining", False
         headers = {} if ready else ServiceError("not_ready", "not ready").headers
         return JSONResponse(body, 200 if ready else 503, headers)
 

@@ -128,6 +128,9 @@ class Engine(Protocol):
     def cache_slots(self) -> tuple[int, int]:
         """(used, free) slots of its cache: one holds one bar of one path."""
 
+    def stats(self) -> Mapping[str, float]:
+        """The counters of model.engine.types.EngineStats by name. Never blocks."""
+
 
 EngineFactory = Callable[[str, str], Engine]
 """(alias, replica group) → a loaded engine; blocks. Raises model.errors.CheckpointError."""
@@ -156,7 +159,11 @@ class Bars:
 
 @dataclass(frozen=True)
 class ReplicaView:
-    """One live replica, as the last news from it says."""
+    """One live replica, as the last news from it says.
+
+    counters: name → what has only grown since the replica started, or gauges of its process; serve_app.replica_metrics
+    names them.
+    """
 
     replica_id: str
     group: str
@@ -168,6 +175,7 @@ class ReplicaView:
     cache_slots_used: int = 0
     cache_slots_free: int = 0
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    counters: Mapping[str, float] = field(default_factory=dict)
 
 
 class Backend(Protocol):

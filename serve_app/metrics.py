@@ -1,4 +1,4 @@
-"""/v1/metrics: what this ingress process has seen, as Prometheus text.
+"""/v1/metrics: what this ingress process has seen, as Prometheus text; replica_metrics adds what the replicas tell it.
 
 A registry of its own, so that nothing else of the process mixes in and tests start from zero. With several ingress
 replicas every one counts by itself; sum over scrapes, or use Ray's own metrics for the cluster.
@@ -13,15 +13,20 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from serve_app.errors import STATUS
 
 # One "_created" sample beside every counter would double the text for nobody's use.
 disable_created_metrics()
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+CLIENT_GONE = "client_gone"
 FORECAST_ROUTES = ("/v1/forecast", "/v1/predict/single", "/v1/predict/batch")
 _ROWS = (1, 16, 64, 128, 256, 512, 1024, 2048, 8192, 32768, 131072, 524288, 1048576)
 
@@ -34,6 +39,8 @@ class Metrics:
     def __init__(self, container: str | None = None) -> None:
         self.container = container or socket.gethostname()
         self.registry = CollectorRegistry()
+        # Memory, open files and processor time of this ingress: process_*.
+        ProcessCollector(registry=self.registry)
         self.requests = Counter(
             "kronos_requests_total", "Requests answered", ["route", "status"], registry=self.registry
         )
@@ -50,6 +57,16 @@ class Metrics:
             ["endpoint"],
             buckets=_SECONDS,
             registry=self.registry,
+        )
+        self.queue_wait = Histogram(
+            "kronos_queue_wait_seconds",
+            "Wait in a replica before the computing began, per request",
+            ["endpoint"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.errors = Counter(
+            "kronos_errors_total", "Answers other than 2xx, by error code", ["code"], registry=self.registry
         )
         self.concurrent = Gauge(
             "kronos_concurrent_requests", "Forecast requests being answered now", registry=self.registry
@@ -89,6 +106,14 @@ class Metrics:
         self.size_rejections.labels(self.container)
         for event in ("oversize", "malformed", "suspicious_path", "rate_limited"):
             self.security_events.labels(event, self.container)
+
+    def error(self, code: str) -> None:
+        """Counts an error by its code; what is no code of ours is one that nobody caught."""
+        self.errors.labels(code if code in STATUS or code == CLIENT_GONE else "internal").inc()
+
+    def add(self, collector: Collector) -> None:
+        """Lets another collector answer scrapes too."""
+        self.registry.register(collector)
 
     def security_event(self, event: str) -> None:
         self.security_events.labels(event, self.container).inc()

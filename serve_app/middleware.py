@@ -103,6 +103,8 @@ class RequestContext:
         seconds = record.seconds()
         self.metrics.requests.labels(record.route, str(record.status)).inc()
         self.metrics.duration.labels(record.route).observe(seconds)
+        if "error_type" in record.details:
+            self.metrics.error(record.details["error_type"])
         # Probes and scrapes come every few seconds: their lines would drown the others.
         level = logging.DEBUG if scope["method"] == "GET" and record.route != "unmatched" else logging.INFO
         log(

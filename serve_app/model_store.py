@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -35,6 +36,7 @@ class ModelStore:
         self._engines: dict[str, Engine] = {}
         self._loading: dict[str, asyncio.Task[Engine]] = {}
         self._failures: dict[str, tuple[float, str]] = {}
+        self.counts: Counter[str] = Counter()
         self._loader = ThreadPoolExecutor(4, thread_name_prefix="load")
 
     async def get(self, alias: str) -> Engine:
@@ -70,11 +72,13 @@ class ModelStore:
         return list(self._engines.values())
 
     def add(self, alias: str, engine: Engine) -> None:
+        self.counts["model_loads"] += 1
         self._failures.pop(alias, None)
         self._engines[alias] = engine
 
     def remember_failure(self, alias: str, error: Exception) -> str:
         """Logs the error in full and returns what a client may read of it."""
+        self.counts["model_load_failures"] += 1
         known = isinstance(error, KronosError | OSError)
         logging.getLogger(LOGGER_NAME).error(
             "model failed to load",

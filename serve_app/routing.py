@@ -155,4 +155,5 @@ def _view(replica_id: str, entry: Mapping[str, Any]) -> ReplicaView:
         cache_slots_used=news["cache_slots_used"],
         cache_slots_free=news["cache_slots_free"],
         models=news["models"],
+        counters=news["counters"],
     )

@@ -11,6 +11,7 @@ import psutil
 
 from serve_app import schemas
 from serve_app.config import AppConfig
+from serve_app.draining import Drain
 from serve_app.jobs import Backend, ReplicaView
 
 _STATES = ("loaded", "loading", "failed", "idle")
@@ -48,10 +49,13 @@ def public_settings(config: AppConfig) -> dict[str, Any]:
 class Status:
     """Reads the backend's listing, which is kept up to date without our asking."""
 
-    def __init__(self, backend: Backend, config: AppConfig, warnings: Sequence[str]) -> None:
+    def __init__(
+        self, backend: Backend, config: AppConfig, warnings: Sequence[str], drain: Drain | None = None
+    ) -> None:
         self.backend = backend
         self.config = config
         self.warnings = tuple(warnings)
+        self.drain = drain or Drain()
         self.started = time.monotonic()
 
     def _ordered(self) -> list[ReplicaView]:
@@ -61,10 +65,10 @@ class Status:
     def readiness(self) -> tuple[dict[str, Any], bool]:
         views = self._ordered()
         states = {alias: _state(views, alias) for alias in self.config.always_on}
-        ready = all(state == "loaded" for state in states.values())
+        ready = all(state == "loaded" for state in states.values()) and not self.drain.draining
         first = views[0].device if views else None
         body = {
-            "status": "ok" if ready else "loading",
+            "status": "draining" if self.drain.draining else "ok" if ready else "loading",
             "model_loaded": states[self.config.default_model] == "loaded",
             "device": first.device if first else None,
             "device_warning": joined(self.backend.device_warning, first.device_warning if first else None),

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ import torch
 from model.engine.kv_cache import Arena
 from model.engine.runner import Lane, Runner
 from model.engine.scheduler import Scheduler
-from model.engine.types import EngineConfig, Request, State
+from model.engine.types import EngineConfig, EngineStats, Request, State
 from model.errors import ForecastCancelledError
 from model.kronos import Kronos
 from model.tokenizer import KronosTokenizer
@@ -35,6 +37,7 @@ class Engine:
         self._arena = Arena(self._runner.arena_elements)
         self._scheduler = Scheduler(config, self._arena, self._runner.cache_size)
         self._lanes: dict[Request, Lane] = {}
+        self._stats = EngineStats()
         self._books = threading.RLock()
         self._turn = threading.Condition()
         self._driving = False
@@ -96,6 +99,7 @@ class Engine:
             plan = self._scheduler.plan()
         if plan.prefill is not None:
             request, bars = plan.prefill
+            started = time.perf_counter()
             try:
                 self._runner.prefill(self._lanes[request], bars)
             except Exception as error:
@@ -103,8 +107,15 @@ class Engine:
             else:
                 with self._books:
                     self._scheduler.prefilled(request, bars)
+                    self._stats.prefill_bars += bars
+            self._stats.prefill_seconds += time.perf_counter() - started
+        started = time.perf_counter()
         stepped = self._step_lanes([self._lanes[request] for request in plan.decode])
         ended |= len(stepped) < len(plan.decode)
+        if stepped:
+            self._stats.steps += 1
+            self._stats.rows += sum(lane.request.rows for lane in stepped)
+            self._stats.decode_seconds += time.perf_counter() - started
         for lane in stepped:
             ended |= self._update(lane)
         return ended
@@ -174,6 +185,8 @@ class Engine:
         with self._books:
             self._scheduler.remove(request)
             self._lanes.pop(request, None)
+            name = state.value
+            setattr(self._stats, name, getattr(self._stats, name) + 1)
         request.state = state
         return True
 
@@ -181,6 +194,10 @@ class Engine:
         """(used, free) slots of the cache; a slot holds one bar of one path, or one bar of a shared history."""
         with self._books:
             return self._arena.used // self._runner.slot_size, self._arena.free // self._runner.slot_size
+
+    def stats(self) -> EngineStats:
+        """A copy of the counters. Never waits for a step."""
+        return replace(self._stats)
 
     def queued_work(self) -> int:
         """Rows × steps that wait."""

@@ -70,6 +70,25 @@ class EngineConfig:
     prefill_chunk: int = 128
 
 
+@dataclass
+class EngineStats:
+    """What an engine has done since it was made. Everything only grows.
+
+    steps: decode steps, of all running requests together. rows: paths advanced by them, each by one bar, which is two
+    tokens. prefill_bars: bars of history computed. prefill_seconds, decode_seconds: time spent in either; on a GPU,
+    until the work was handed to it. finished, cancelled, failed: requests that ended so.
+    """
+
+    steps: int = 0
+    rows: int = 0
+    prefill_bars: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+
+
 BarsCallback = Callable[[int, np.ndarray], None]
 """(index of the first bar, values float64 [S, n, 6]): bars that will not change any more."""
 

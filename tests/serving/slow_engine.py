@@ -20,15 +20,20 @@ class SlowEngine:
     def __init__(self, alias):
         self.identity = Identity(alias, "local", None, "0" * 64, 1, 512, "slow", "slow")
         self.device = FACTS
+        self.steps = 0
 
     def cache_slots(self):
         return 3, 7
+
+    def stats(self):
+        return {"steps": self.steps, "rows": self.steps}
 
     def forecast(self, series, sampling, *, window="exact", should_stop=None, on_step=None, on_bars=None):
         for _ in range(series.horizon):
             if should_stop is not None and should_stop():
                 raise ForecastCancelledError("stopped")
             time.sleep(STEP_S)
+            self.steps += 1
         values = np.full((sampling.samples, series.horizon, 6), float(sampling.seed))
         tokens = np.zeros((sampling.samples, series.horizon, 2), np.int64)
         return Paths(values + np.arange(sampling.samples)[:, None, None], tokens, Window(8, False))

@@ -78,6 +78,17 @@ def test_a_cluster_without_a_gpu_says_so_everywhere(slow, request_body):
     assert body["device_warning"].startswith(NO_GPU + "; the gpu group was requested")
 
 
+def test_metrics_of_the_replicas_reach_the_ingress(real, request_body, wait):
+    before = metric(real, "kronos_engine_rows_total")
+    assert real.post("/v1/forecast", json=request_body(16, 4, samples=5)).status_code == 200
+    # News come every second.
+    wait(lambda: metric(real, "kronos_engine_rows_total") >= before + 20, 5)
+    assert metric(real, "kronos_engine_prefill_seconds_total") > 0
+    assert metric(real, "kronos_replica_memory_bytes") > 2**20
+    assert metric(real, "kronos_model_loads_total") >= 2
+    assert metric(real, "kronos_ready") == 1
+
+
 def test_a_gpu_that_is_only_a_number(real, request_body):
     """The GPU group is placed with its share of the GPU, finds no CUDA device, says so and runs on the CPU."""
     import ray

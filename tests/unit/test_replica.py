@@ -40,6 +40,9 @@ class FakeEngine:
     def cache_slots(self):
         return 3, 7
 
+    def stats(self):
+        return {"steps": self.steps, "rows": self.steps}
+
     def forecast(self, series, sampling, *, window="exact", should_stop=None, on_step=None, on_bars=None):
         if sampling.top_k == 13:
             raise InputError("thirteen", code="unlucky", column="close", row=4)

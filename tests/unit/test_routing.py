@@ -58,7 +58,7 @@ def listing(monkeypatch):
     REPLICAS.clear()
 
 
-NEWS = {"queued": 0, "running_rows": 0, "cache_slots_used": 0, "cache_slots_free": 9}
+NEWS = {"queued": 0, "running_rows": 0, "cache_slots_used": 0, "cache_slots_free": 9, "counters": {}}
 
 
 def entry(group):
