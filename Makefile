@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: serve test lint bench clean
+.PHONY: serve test lint bench load chaos overhead soak clean
 
 # The environment is rebuilt when a requirements file is newer than the last install.
 $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
@@ -27,6 +27,19 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/engine.py $(ARGS)
+
+# Each prints one table; ARGS=--quick takes about a minute per command. They want the machine for themselves.
+load: $(VENV)/.installed
+	$(BIN)/python benchmarks/load.py $(ARGS)
+
+chaos: $(VENV)/.installed
+	$(BIN)/python benchmarks/chaos.py $(ARGS)
+
+overhead: $(VENV)/.installed
+	$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+soak: $(VENV)/.installed
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
