@@ -96,8 +96,8 @@ async def fire(
 ) -> Run:
     """rate × seconds requests, evenly spaced; body i % len(bodies).
 
-    retry: as a careful client does, send once more if the connection is lost, and knock for up to CONNECT_PATIENCE_S if
-    it is refused. during: a coroutine function that runs beside the load.
+    retry: as a careful client does, send once more if the connection is lost, or if a 5xx is not the service's but of
+    Ray's proxy, which lost its ingress; and knock for up to CONNECT_PATIENCE_S if the connection is refused. during: a coroutine function that runs beside the load.
     """
     count = max(1, round(rate * seconds))
     timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -128,7 +128,8 @@ async def _shoot(
                 answer = await response.read()
                 shot.status, shot.retry_after = response.status, response.headers.get("retry-after")
                 shot.digest = digest(answer)
-            break
+            if not (retry and shot.tries == 1 and response.status >= 500 and b'"error"' not in answer):
+                break
         except aiohttp.ClientConnectorError as error:
             # Nothing was sent.
             shot.error = type(error).__name__

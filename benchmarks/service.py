@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -120,6 +121,24 @@ class Service:
     def _expected(self) -> int:
         cpu = self.config["applications"][0]["args"].get("groups", {}).get("cpu", {})
         return int(cpu.get("replicas") or 1)
+
+    def dashboard(self) -> str:
+        """Address of the cluster's dashboard: `serve deploy` speaks to it."""
+        found = re.search(r"dashboard at \S*?(https?://)?(127\.0\.0\.1:\d+)", self.log_path.read_text())
+        if found is None:
+            raise RuntimeError("the cluster has no dashboard")
+        return f"http://{found[2]}"
+
+    def redeploy(self, config: dict[str, Any]) -> None:
+        """As `serve deploy` of the changed configuration does. Returns at once."""
+        from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+        ServeSubmissionClient(self.dashboard()).deploy_applications(config)
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples; 0 if there is none."""
+        lines = httpx.get(f"{self.url}/v1/metrics", timeout=10).text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{name}[{{ ]", line))
 
     def replicas(self) -> list[dict[str, Any]]:
         answer = httpx.get(f"{self.url}/v1/replicas", timeout=10)

@@ -58,7 +58,7 @@ def create_app(
     app.state.metrics = metrics
     _add_error_handlers(app, metrics)
     status = Status(backend, config, warnings, drain)
-    metrics.add(ServiceCollector(backend, status.readiness))
+    metrics.watch(ServiceCollector(backend, status.readiness))
     _add_status_routes(app, status, metrics)
     _add_forecast_routes(app, Forecasting(backend, config, metrics))
     describe_bodies(app)

@@ -39,6 +39,7 @@ class Metrics:
     def __init__(self, container: str | None = None) -> None:
         self.container = container or socket.gethostname()
         self.registry = CollectorRegistry()
+        self._watched: Collector | None = None
         # Memory, open files and processor time of this ingress: process_*.
         ProcessCollector(registry=self.registry)
         self.requests = Counter(
@@ -111,8 +112,11 @@ class Metrics:
         """Counts an error by its code; what is no code of ours is one that nobody caught."""
         self.errors.labels(code if code in STATUS or code == CLIENT_GONE else "internal").inc()
 
-    def add(self, collector: Collector) -> None:
-        """Lets another collector answer scrapes too."""
+    def watch(self, collector: Collector) -> None:
+        """Lets this collector answer scrapes too, in place of the one before it."""
+        if self._watched is not None:
+            self.registry.unregister(self._watched)
+        self._watched = collector
         self.registry.register(collector)
 
     def security_event(self, event: str) -> None:

@@ -1,0 +1,116 @@
+"""A folder of checkpoints whose content changes while the service runs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from benchmarks.open_loop import Run
+from benchmarks.service import bundled_config
+
+BUNDLED = Path(__file__).parents[1] / "model" / "bundled"
+ALIAS = "swapped"
+WEIGHTS = "model/model.safetensors"
+
+Change = Callable[[Path], None]
+
+
+def config(root: Path) -> dict[str, Any]:
+    """The bundled model, and what lies under root; ALIAS is what requests get that name no model."""
+    data = bundled_config(2)
+    args = data["applications"][0]["args"]
+    args["models_root"] = str(root)
+    args["models"] = {ALIAS: {"source": str(root / ALIAS)}}
+    args["default_model"] = ALIAS
+    return data
+
+
+def install(root: Path, source: Path, change: Change = lambda folder: None) -> None:
+    """Puts a copy of the checkpoint, changed, in the place of the one that is served, in one step."""
+    fresh = Path(tempfile.mkdtemp(dir=root, prefix=".new-"))
+    shutil.copytree(source, fresh, dirs_exist_ok=True)
+    change(fresh)
+    place = root / ALIAS
+    old = root / f".old-{time.monotonic_ns()}"
+    if place.exists():
+        os.rename(place, old)
+    os.rename(fresh, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _edit(change: Callable[[dict[str, np.ndarray]], None]) -> Change:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return apply
+
+
+def _scale(tensors: dict[str, np.ndarray]) -> None:
+    for name in tensors:
+        tensors[name] = (tensors[name] * 1.01).astype(tensors[name].dtype)
+
+
+def _nan(tensors: dict[str, np.ndarray]) -> None:
+    for name in tensors:
+        tensors[name] = np.full_like(tensors[name], np.nan)
+
+
+def _wrong_shape(tensors: dict[str, np.ndarray]) -> None:
+    name = max(tensors, key=lambda key: tensors[key].size)
+    tensors[name] = np.ascontiguousarray(tensors[name][:-1])
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _pickle(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / "model" / "pytorch_model.bin").write_bytes(pickle.dumps({"weights": [1, 2, 3]}))
+
+
+CHANGES: list[tuple[str, Change, bool]] = [
+    ("other weights", _edit(_scale), True),
+    ("truncated file", _truncate, False),
+    ("NaN weights", _edit(_nan), False),
+    ("wrong shape", _edit(_wrong_shape), False),
+    ("a pickle", _pickle, False),
+]
+"""Name, what is done to a good checkpoint, and whether it may take over."""
+
+
+def checksum(url: str) -> str | None:
+    """Of the weights that answer now."""
+    models = httpx.get(f"{url}/v1/models", timeout=30).json()["models"]
+    return next((one["sha256"] for one in models if one["id"] == ALIAS), None)
+
+
+def swap_under_load(
+    url: str, root: Path, change: Change, good: bool, load: Callable[..., Run], quick: bool
+) -> tuple[Run, dict[str, bool]]:
+    """Changes the checkpoint under load; the run, and what is to be shown."""
+    before = checksum(url)
+
+    async def swap(run: Run) -> None:
+        await asyncio.sleep(2)
+        await asyncio.to_thread(install, root, BUNDLED, change)
+
+    run = load(10 if quick else 20, during=swap)
+    after = checksum(url)
+    if good:
+        return run, {"the new weights answer": after is not None and after != before}
+    return run, {"the old weights answer": after == before}
