@@ -97,7 +97,8 @@ async def fire(
     """rate × seconds requests, evenly spaced; body i % len(bodies).
 
     retry: as a careful client does, send once more if the connection is lost, or if a 5xx is not the service's but of
-    Ray's proxy, which lost its ingress; and knock for up to CONNECT_PATIENCE_S if the connection is refused. during: a coroutine function that runs beside the load.
+    Ray's proxy, which lost its ingress; and knock for up to CONNECT_PATIENCE_S if the connection is refused. during: a
+    coroutine function that runs beside the load.
     """
     count = max(1, round(rate * seconds))
     timeout = aiohttp.ClientTimeout(total=timeout_s)

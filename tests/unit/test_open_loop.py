@@ -56,7 +56,7 @@ def test_statuses_and_retry():
             return web.Response(status=429, headers={"Retry-After": "2"}, text='{"error": {}}')
         if handler.count == 2:
             request.transport.close()
-        if handler.count == 3:
+        if handler.count == 4:
             return web.Response(status=500, text="Internal Server Error")
         return web.Response(text="{}")
 

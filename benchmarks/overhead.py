@@ -1,0 +1,234 @@
+"""What the service costs beside the model, and what it gains over a plain one.
+
+    make overhead ARGS="--quick"
+    python benchmarks/overhead.py [--quick] [--reference PATH_OF_A_PUBLIC_CHECKOUT] [--shape small]
+
+1. An engine that answers at once, through proxy, ingress and replica: requests/s and latency, in Ray's default mode and
+   with HAProxy and gRPC.
+2. Of it, reading and writing JSON: 400 bars in, 120 bars out, in this process.
+3. With --reference: forecasts/s and p99 of the same forecasts from this service and from baseline_service.py, one
+   process that calls the public predict in a thread, at 1, 8 and 32 clients, random weights in the published shape, one
+   after the other in the same run.
+
+Results go to benchmarks/results/DATE-overhead.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import httpx
+
+from benchmarks import records
+from benchmarks.closed_loop import drive
+from benchmarks.load import forecast_body
+from benchmarks.service import Service, free_port, shipped_config
+from benchmarks.shapes import CONTEXT, save_pair
+
+HISTORY, HORIZON = 400, 120
+REACHED = {"default": 167, "HAProxy + gRPC": 861}
+"""Requests/s of an echo of JSON on the same path on 2 cores, measured before anything was built."""
+CLIENTS = (1, 8, 32)
+GAIN_AT_8 = 20.0
+
+
+def through_the_whole_path(quick: bool) -> list[dict[str, Any]]:
+    """Small requests (64 bars in, 8 out) to the engine that answers at once."""
+    rows = []
+    small = [json.dumps(forecast_body(i)).encode() for i in range(50)]
+    large = [json.dumps(forecast_body(i, HISTORY, HORIZON)).encode() for i in range(50)]
+    for mode, options in (("default", []), ("HAProxy + gRPC", ["--fast"])):
+        config = shipped_config(
+            models={"kronos-bundled": {"source": "bundled"}}, groups={"cpu": {"num_cpus": 0.5}}, log_level="WARNING"
+        )
+        config["applications"][0]["import_path"] = "benchmarks.instant:build_app"
+        with Service(config, options=options) as service:
+            url = f"{service.url}/v1/forecast"
+            asyncio.run(drive(url, small, 4, 2))
+            for size, bodies in (("64 → 8", small), ("400 → 120", large)):
+                for clients in (1, 16):
+                    measured = asyncio.run(drive(url, bodies, clients, 3 if quick else 15))
+                    case = f"instant engine, {mode}, {size} bars"
+                    rows.append({"case": case, **measured, "shown": _all_200(measured)})
+                    print(f"# {rows[-1]}", file=sys.stderr, flush=True)
+    return rows
+
+
+def _all_200(measured: dict[str, Any]) -> str:
+    return (
+        "yes"
+        if str(measured["statuses"]).startswith("200:") and " " not in str(measured["statuses"])
+        else "NO: not all were answered"
+    )
+
+
+def reading_and_writing(quick: bool) -> list[dict[str, Any]]:
+    """JSON to job, and result to JSON, as the ingress does it: 400 bars in, 120 out, one path and 30."""
+    import numpy as np
+
+    from benchmarks.instant import InstantEngine
+    from serve_app.answers import forecast_json
+    from serve_app.config import AppConfig
+    from serve_app.ingress import Forecasting
+    from serve_app.jobs import Answered, Done
+    from serve_app.metrics import Metrics
+
+    config = AppConfig()
+    forecasting = Forecasting(_NoBackend(), config, Metrics())  # type: ignore[arg-type]
+    rows = []
+    for samples in (1, 30):
+        raw = json.dumps(forecast_body(0, HISTORY, HORIZON, samples=samples)).encode()
+        body, prepared, seed = forecasting.read_forecast(raw)
+        engine = InstantEngine("kronos-bundled")
+        paths = engine.forecast(prepared[0].task.series, prepared[0].task.sampling)
+        paths.values[:] *= np.random.default_rng(0).normal(1, 0.01, paths.values.shape)
+        done = Done((paths,), engine.identity, engine.device, "replica")
+        answered = Answered(done, "cpu")
+
+        def write(body: Any = body, prepared: Any = prepared, seed: int = seed, answered: Any = answered) -> bytes:
+            return json.dumps(forecast_json(body, prepared, seed, answered, None), separators=(",", ":")).encode()
+
+        count = 20 if quick else 200
+        rows.append(
+            {
+                "case": f"reading and checking {HISTORY} bars ({len(raw) // 1024} KiB), {samples} path(s)",
+                "p50 ms": _median_ms(lambda raw=raw: forecasting.read_forecast(raw), count),  # type: ignore[misc]
+            }
+        )
+        size = len(write()) // 1024
+        rows.append(
+            {
+                "case": f"summing up and writing {HORIZON} bars ({size} KiB), {samples} path(s)",
+                "p50 ms": _median_ms(write, count),
+            }
+        )
+    return rows
+
+
+class _NoBackend:
+    device_warning = None
+
+
+def _median_ms(run: Callable[[], object], count: int) -> float:
+    times = []
+    for _ in range(count):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return round(1000 * sorted(times)[count // 2], 2)
+
+
+def against_the_public_code(reference: str, shape: str, quick: bool) -> list[dict[str, Any]]:
+    """Both services in turn, with all cores of the machine each."""
+    horizon = 12 if quick else HORIZON
+    clients = (1, 8) if quick else CLIENTS
+    threads = os.cpu_count() or 1
+    # Exact and never sliding, so that both compute the same windows: 400 + 112 bars is the whole context.
+    horizon = min(horizon, CONTEXT[shape] - HISTORY)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pair(shape, Path(folder))
+        rates: dict[tuple[str, int], float] = {}
+        rows = []
+        bodies = {
+            "public": [json.dumps(_predict_body(i, horizon)).encode() for i in range(16)],
+            "ours": [json.dumps(_predict_body(i, horizon)).encode() for i in range(16)],
+        }
+        servers = {
+            "public": lambda: _baseline(reference, folder, shape, threads),
+            "ours": lambda: _ours(folder, shape, threads),
+        }
+        for name, start in servers.items():
+            with start() as base:
+                url = f"{base}/v1/predict/single"
+                asyncio.run(drive(url, bodies[name], 1, 0))
+                for count in clients:
+                    # At least two rounds of all clients, however long one forecast takes.
+                    measured = asyncio.run(drive(url, bodies[name], count, 5 if quick else 60))
+                    rates[name, count] = float(measured["per s"])
+                    case = f"{shape} {HISTORY}/{horizon}, {name}"
+                    rows.append({"case": case, **measured, "shown": _all_200(measured)})
+        for count in clients:
+            ratio = rates["ours", count] / rates["public", count]
+            enough = "yes" if ratio >= GAIN_AT_8 else f"NO: below {GAIN_AT_8:.0f}×"
+            shown = {"shown": enough} if count == 8 and not quick else {}
+            rows.append({"case": "ours / public", "clients": count, "per s": f"{ratio:.1f}×", **shown})
+        return rows
+
+
+def _predict_body(index: int, horizon: int) -> dict[str, Any]:
+    series = forecast_body(index, HISTORY, horizon)["series"][0]
+    names = ("open", "high", "low", "close", "volume", "amount")
+    columns = zip(*(series[name] for name in names), strict=True)
+    return {
+        "candles": [dict(zip(names, row, strict=True)) for row in columns],
+        "timestamps": series["timestamps"],
+        "prediction_timestamps": series["future_timestamps"],
+    }
+
+
+@contextlib.contextmanager
+def _ours(folder: str, shape: str, threads: int) -> Iterator[str]:
+    alias = f"kronos-{shape}"
+    models = {alias: {"source": folder, "max_context": CONTEXT[shape]}}
+    group = {"num_cpus": threads, "replicas": 1, "workers": 32}
+    config = shipped_config(models=models, default_model=alias, groups={"gpu": {"mode": "off"}, "cpu": group})
+    config["applications"][0]["args"]["ingress"] = {"num_cpus": 0}
+    with Service(config, environ={"OMP_NUM_THREADS": str(threads)}) as service:
+        yield service.url
+
+
+@contextlib.contextmanager
+def _baseline(reference: str, folder: str, shape: str, threads: int) -> Iterator[str]:
+    port = free_port()
+    command = [sys.executable, str(Path(__file__).with_name("baseline_service.py"))]
+    arguments = [str(Path(reference).resolve()), folder, str(CONTEXT[shape]), str(port), str(threads)]
+    process = subprocess.Popen([*command, *arguments], stdout=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < end:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"http://127.0.0.1:{port}/v1/healthz").status_code == 200:
+                    break
+            time.sleep(0.2)
+        else:
+            raise RuntimeError("the baseline service did not start")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="short runs and coarse numbers")
+    parser.add_argument("--reference", help="checkout of the public implementation")
+    parser.add_argument("--shape", default="small", choices=sorted(CONTEXT))
+    parser.add_argument("--only-reference", action="store_true", help="leave out the instant engine")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    if not options.only_reference:
+        rows += reading_and_writing(options.quick) + through_the_whole_path(options.quick)
+    if options.reference:
+        rows += against_the_public_code(options.reference, options.shape, options.quick)
+    print(records.table(rows))
+    print(f"reached before on this path with an echo, 16 clients: {REACHED} requests/s")
+    path = records.write("overhead", rows, quick=options.quick, reached=REACHED)
+    print(f"written to {path.relative_to(path.parents[2])}")
+    return 1 if any(str(row.get("shown", "")).startswith("NO") for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
