@@ -35,9 +35,10 @@ def answers(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_requests_in_flight_finish_and_new_ones_are_refused():
+@pytest.mark.parametrize("options", [[], pytest.param(["--fast"], marks=pytest.mark.slow)], ids=["default", "fast"])
+def test_requests_in_flight_finish_and_new_ones_are_refused(options):
     config = slow_config(cpu={"num_cpus": 0.5, "replicas": 1, "workers": 16})
-    with Service(config) as service, httpx.Client(base_url=service.url, timeout=60) as http:
+    with Service(config, options=options) as service, httpx.Client(base_url=service.url, timeout=60) as http:
         in_flight = threading.Semaphore(0)
 
         def forecast():
