@@ -12,7 +12,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-PRECISIONS = ("fp32", "bf16", "int8")
+from model.device import PRECISIONS, precision_obstacle
 
 
 class PackedLinear(nn.Module):
@@ -44,26 +44,25 @@ class Int8Linear(nn.Module):
             warnings.simplefilter("ignore")
             quantised = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
             self.packed = torch.ops.quantized.linear_prepack(quantised, linear.bias)
+        # Without VNNI the kernel adds pairs of products in 16 bits, which overflow unless activations keep to 7 bits.
+        self.reduce_range = not torch.cpu._is_vnni_supported()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic(x, self.packed, False)
+        return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)
 
 
 def packed(network: nn.Module, precision: str, device: torch.device) -> nn.Module:
     """A copy of a network for inference on the device, its linear layers in the fastest form of that precision.
 
     Embeddings, norms and everything between the layers stay fp32. Raises ValueError for an unknown precision, and for
-    int8 on other devices than the CPU.
+    one that the device cannot compute: model.device.resolve_precision finds one that it can.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    if device.type != "cpu":
-        if precision == "int8":
-            raise ValueError(f"int8 runs on the CPU only, not on {device}")
-        return network
-    if not torch.backends.mkldnn.is_available():
-        if precision != "fp32":
-            raise ValueError(f"{precision} on the CPU needs a torch build with oneDNN")
+    obstacle = precision_obstacle(precision, device)
+    if obstacle is not None:
+        raise ValueError(obstacle)
+    if device.type != "cpu" or not (torch.backends.mkldnn.is_available() or precision == "int8"):
         return network
     twin = copy.deepcopy(network).requires_grad_(False)
     for parent in list(twin.modules()):
