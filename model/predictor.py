@@ -23,6 +23,9 @@ from model.sampler import check_sampling
 from model.tokenizer import KronosTokenizer
 from model.types import COLUMNS, Paths, Sampling, Series, StepCallback, StopCheck, Window
 
+COMPILED_ROWS = (1, 4, 8, 16, 32)
+"""A step of more rows is bound by its products, which the packed layers compute as fast."""
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -61,12 +64,15 @@ class KronosPredictor:
         precision: str = "auto",
         cache_bytes: int | None = None,
         max_rows: int = 1024,
+        compile: bool = False,
     ) -> None:
         """device: as resolve_device takes it. max_context: bars that the model sees at once.
 
         clip: bound on normalised values. precision: fp32, bf16, int8, or auto; as resolve_precision takes it.
         cache_bytes: memory for keys and values, allocated once; None takes a quarter of the device's memory, of which
         the CPU commits only what is used. max_rows: paths that step together; more wait.
+        compile: prepares steps with torch.compile on first use, minutes the first time; engine.warnings says if it
+        could not.
         """
         if max_context < 1:
             raise ValueError(f"max_context must be at least 1, not {max_context}")
@@ -90,6 +96,7 @@ class KronosPredictor:
             precision=self.precision,
             cache_bytes=cache_bytes or memory_bytes(self.device) // 4,
             max_rows=max_rows,
+            compile_rows=COMPILED_ROWS if compile else (),
         )
         self._engine: Engine | None = None
         self._engine_weights: tuple[tuple[int, int], ...] = ()

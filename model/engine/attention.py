@@ -33,6 +33,20 @@ class SequenceCache:
         """Elements of the arena that such a cache takes."""
         return layers * 2 * width * (history + paths * own)
 
+    def place(self) -> tuple[int, ...]:
+        """Where the parts lie: first element, capacity and length of the history, the same of the paths' own bars.
+
+        First elements are counted in the arena, in units of width, of which they are multiples.
+        """
+        return (
+            self._history.storage_offset() // self._width,
+            self._history_capacity,
+            self.history_length,
+            self._own.storage_offset() // self._width,
+            self._own_capacity,
+            self.own_length,
+        )
+
     def clear(self) -> None:
         """Forgets all bars: the window has moved."""
         self.history_length = self.own_length = 0
@@ -60,14 +74,14 @@ class SequenceCache:
     def attend_history(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Appends k, v [1, H, g, d] to the history and lets q attend to all of it, causally; [1, H, g, d]."""
         self.write_history(layer, k, v)
-        done, new = self.history_length, q.shape[2]
+        done, new, dtype = self.history_length, q.shape[2], self._history.dtype
         if done == 0:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), is_causal=True).float()
         keys, values, _, _ = self._layer(layer, q.shape[1])
         seen = torch.ones(new, done + new, dtype=torch.bool, device=q.device).tril(done)
         return F.scaled_dot_product_attention(
-            q, keys[None, :, : done + new].to(q.dtype), values[None, :, : done + new].to(q.dtype), attn_mask=seen
-        )
+            q.to(keys.dtype), keys[None, :, : done + new], values[None, :, : done + new], attn_mask=seen
+        ).float()
 
     def attend_own(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Appends k, v [S, H, g, d] to the paths' own bars; q attends to the history and, causally, to those."""

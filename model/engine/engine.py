@@ -192,6 +192,11 @@ class Engine:
         with self._books:
             return self._scheduler.running_rows
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was asked for and does not work here; the engine does without."""
+        return self._runner.warnings
+
     def check_integrity(self) -> None:
         """Raises CacheIntegrityError unless every range of the cache belongs to one live request or to nobody."""
         with self._books:

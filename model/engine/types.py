@@ -59,6 +59,9 @@ class EngineConfig:
     precision: fp32 | bf16 | int8. cache_bytes: the arena of keys and values, allocated once.
     max_rows: sample paths that step together. max_queued_work: rows × steps that may wait; more is refused.
     prefill_chunk: bars of history computed between two steps, so that a long history does not stall the others.
+    graphs: steps of fixed shapes, captured as CUDA graphs where there is CUDA; None: there only.
+    compile_rows: the steps that torch.compile prepares, by their number of rows; a step of fewer rows is filled up to
+        the next of them. Empty: none. CPU only.
     """
 
     max_context: int = 512
@@ -68,6 +71,8 @@ class EngineConfig:
     max_rows: int = 64
     max_queued_work: int = 1_000_000
     prefill_chunk: int = 128
+    graphs: bool | None = None
+    compile_rows: tuple[int, ...] = ()
 
 
 BarsCallback = Callable[[int, np.ndarray], None]
