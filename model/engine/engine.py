@@ -33,7 +33,7 @@ class Engine:
         self.config = config
         self._runner = Runner(model, tokenizer, config, device or torch.device("cpu"))
         self._arena = Arena(self._runner.arena_elements)
-        self._scheduler = Scheduler(config, self._arena, self._runner.cache_size)
+        self._scheduler = Scheduler(config, self._arena, self._runner.cache_size, self._runner.prefill_chunk)
         self._lanes: dict[Request, Lane] = {}
         self._books = threading.RLock()
         self._turn = threading.Condition()
@@ -95,14 +95,14 @@ class Engine:
                     ended |= self._fail(request, error)
             plan = self._scheduler.plan()
         if plan.prefill is not None:
-            request, bars = plan.prefill
+            request, chunk = plan.prefill
             try:
-                self._runner.prefill(self._lanes[request], bars)
+                left = self._runner.prefill(self._lanes[request], chunk)
             except Exception as error:
                 ended |= self._fail(request, error)
             else:
                 with self._books:
-                    self._scheduler.prefilled(request, bars)
+                    self._scheduler.prefilled(request, left)
         stepped = self._step_lanes([self._lanes[request] for request in plan.decode])
         ended |= len(stepped) < len(plan.decode)
         for lane in stepped:
@@ -113,7 +113,7 @@ class Engine:
         """One step of all lanes. If it raises, each is stepped alone, so that only the cause ends."""
         if not lanes:
             return []
-        before = [(lane.start, lane.cache.own_length) for lane in lanes]
+        before = [lane.cache.own_length for lane in lanes]
         try:
             self._runner.step(lanes)
             return lanes
@@ -122,9 +122,8 @@ class Engine:
                 self._fail(lanes[0].request, error)
                 return []
             stepped = []
-            for lane, (start, own_length) in zip(lanes, before, strict=True):
-                # With its old start, a window that had moved already is moved and computed again.
-                lane.start, lane.cache.own_length = start, own_length
+            for lane, own_length in zip(lanes, before, strict=True):
+                lane.cache.own_length = own_length
                 stepped += self._step_lanes([lane])
             return stepped
 
@@ -139,6 +138,9 @@ class Engine:
         except Exception as error:
             return self._fail(request, error)
         if not lane.finished:
+            if left := self._runner.slide(lane):
+                with self._books:
+                    self._scheduler.refill(request, left)
             return False
         request.normalised = np.concatenate(lane.decoded, axis=1)
         request.mean, request.scale = lane.mean, lane.scale

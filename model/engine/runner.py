@@ -30,6 +30,8 @@ from model.tokenizer import KronosTokenizer
 
 DECODE_CHUNK = 64
 """Bars of each path that pass the tokenizer's decoder at once, which bounds the memory of its attention scores."""
+CHUNK_WORK = 3_000_000_000
+"""Weights × rows × bars of a prefill chunk on the CPU: 6 GFLOP."""
 
 
 @dataclass(eq=False)
@@ -37,7 +39,8 @@ class Lane:
     """A request's tensors.
 
     tokens: int64 [S, T + H, 2]. times: summed time embeddings [T + H, D]. cache: of the model's blocks and its
-    cross-attention. start: first bar of the window. step: bars generated. context: the newest position, [1 or S, 1, D].
+    cross-attention. start: first bar of the window. step: bars generated.
+    fresh: the newest bar is cached, as it is after a prefill, and context is its position, [1 or S, 1, D].
     noise: of a seeded request. decoded, decoder_cache: bars that have passed the tokenizer's decoder, and its cache.
     """
 
@@ -49,6 +52,7 @@ class Lane:
     scale: np.ndarray
     start: int
     step: int = 0
+    fresh: bool = False
     context: Tensor | None = None
     noise: SeededNoise | None = None
     decoded: list[np.ndarray] = field(default_factory=list)
@@ -72,7 +76,7 @@ class Runner:
         self._model = cast(Kronos, packed(model, config.precision, device))
         # Tokens decide everything after them, so the tokenizer stays fp32 whatever the model's precision.
         self._tokenizer = cast(KronosTokenizer, packed(tokenizer, "fp32", device))
-        self._plain_tokenizer = tokenizer
+        self._plain_blocks, self._plain_tokenizer = model.transformer, tokenizer
         self._width = model.d_model
         self._vocabulary = 2 ** max(model.s1_bits, model.s2_bits)
         # A GPU must not wait for the host to look at its numbers.
@@ -98,6 +102,14 @@ class Runner:
     def warnings(self) -> tuple[str, ...]:
         """What was asked for and does not work here: the compiler, CUDA graphs."""
         return tuple(part.warning for part in (self._compiled, self._graphs) if part is not None and part.warning)
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Rows × bars computed between two steps: by default what takes some 50 ms on two CPU cores."""
+        if self._config.prefill_chunk is not None:
+            return self._config.prefill_chunk
+        weights = sum(weight.numel() for weight in self._plain_blocks.parameters())
+        return max(16, CHUNK_WORK // max(1, weights)) * (1 if self._device.type == "cpu" else 16)
 
     @property
     def slot_size(self) -> int:
@@ -136,21 +148,41 @@ class Runner:
         )
 
     @torch.inference_mode()
-    def prefill(self, lane: Lane, bars: int) -> None:
-        """Computes the next bars of the window's history."""
-        done = lane.cache.history_length
-        lane.context = self._history_context(lane, slice(done, done + bars))[:, -1:]
+    def prefill(self, lane: Lane, chunk: int) -> int:
+        """Computes some rows × bars of the window; returns how many are left."""
+        rows, cache = lane.request.rows, lane.cache
+        history = max(0, lane.request.history - lane.start)
+        own = lane.end - lane.start - history
+        if cache.history_length < history:
+            stop = min(history, cache.history_length + chunk)
+            context = self._history_context(lane, slice(cache.history_length, stop))
+        else:
+            context = self._own_context(lane, min(own - cache.own_length, max(1, chunk // rows)))
+        left = history - cache.history_length + rows * (own - cache.own_length)
+        if not left:
+            lane.context, lane.fresh = context[:, -1:], True
+        return left
+
+    def slide(self, lane: Lane) -> int:
+        """Moves the window if it has become too long; returns the rows × bars that then have to be prefilled, or 0."""
+        limit = self._config.max_context
+        if lane.end - lane.start <= limit:
+            return 0
+        lane.start = lane.end - limit - 1 + lane.request.window.hop
+        lane.cache.clear()
+        history = max(0, lane.request.history - lane.start)
+        return history + lane.request.rows * (lane.end - lane.start - history)
 
     @torch.inference_mode()
     def step(self, lanes: Sequence[Lane]) -> None:
         """Samples the next bar of every lane."""
-        fresh = self._move_windows(lanes)
-        advancing = [lane for lane in lanes if lane not in fresh]
+        fresh = [lane for lane in lanes if lane.fresh]
+        advancing = [lane for lane in lanes if not lane.fresh]
         tokens = self._step_graphed(advancing) if advancing and self._graphs is not None else None
         if tokens is not None:
             self._append(advancing, tokens)
-            lanes, advancing = [lane for lane in lanes if lane in fresh], []
-        if advancing:
+            lanes = fresh
+        elif advancing:
             self._advance(advancing)
         if lanes:
             self._append(lanes, self._choose(lanes))
@@ -170,6 +202,7 @@ class Runner:
         for lane, rows in zip(lanes, tokens.split([lane.request.rows for lane in lanes]), strict=True):
             lane.tokens[:, lane.end] = rows
             lane.step += 1
+            lane.fresh = False
 
     def _step_graphed(self, lanes: Sequence[Lane]) -> Tensor | None:
         """As _advance and _choose, with fixed shapes; None where those have to do it."""
@@ -198,33 +231,16 @@ class Runner:
                 lane.cache.own_length += 1
         return tokens
 
-    def _move_windows(self, lanes: Sequence[Lane]) -> set[Lane]:
-        """Recomputes the windows that became too long; returns the lanes whose newest position is cached already."""
-        limit = self._config.max_context
-        fresh = set()
-        for lane in lanes:
-            if lane.step == 0:
-                fresh.add(lane)
-            elif lane.end - lane.start > limit:
-                self._rebuild(lane, lane.end - limit - 1 + lane.request.window.hop)
-                fresh.add(lane)
-        return fresh
-
-    def _rebuild(self, lane: Lane, start: int) -> None:
-        """Moves the window's start and computes all of it: the history once, the generated bars for every path."""
-        history = lane.request.history
-        lane.start = start
-        lane.cache.clear()
-        if start < history:
-            self._history_context(lane, slice(0, history - start))
-        first = max(history, start)
-        bars = slice(first, lane.end)
+    def _own_context(self, lane: Lane, count: int) -> Tensor:
+        """Computes and caches the next bars that the paths have generated; context [S, count, D]."""
+        first = max(lane.request.history, lane.start) + lane.cache.own_length
+        bars = slice(first, first + count)
         x = self._model.embedding(lane.tokens[:, bars, 0], lane.tokens[:, bars, 1]) + lane.times[bars]
-        positions = slice(first - start, lane.end - start)
+        positions = slice(first - lane.start, first - lane.start + count)
         context = self._model.norm(self._stack.run(x, positions, lane.cache.attend_own))
         lane.cache.write_own(self._cross_layer, *self._model.dep_layer.memory(context))
-        lane.cache.own_length = lane.end - first
-        lane.context = context[:, -1:]
+        lane.cache.own_length += count
+        return context
 
     def _history_context(self, lane: Lane, positions: slice) -> Tensor:
         """Computes and caches positions of the window's history; context [1, g, D]."""
