@@ -88,26 +88,32 @@ class Engine:
         """One turn of the engine; True if a request ended in it."""
         with self._books:
             ended = self._drop_stopped()
-            for request, block in self._scheduler.admit():
-                try:
-                    self._lanes[request] = self._runner.open(request, block)
-                except Exception as error:
-                    ended |= self._fail(request, error)
+            self._scheduler.admit()
             plan = self._scheduler.plan()
         if plan.prefill is not None:
-            request, chunk = plan.prefill
-            try:
-                left = self._runner.prefill(self._lanes[request], chunk)
-            except Exception as error:
-                ended |= self._fail(request, error)
-            else:
-                with self._books:
-                    self._scheduler.prefilled(request, left)
+            ended |= self._prefill(*plan.prefill, held_up=bool(plan.decode))
         stepped = self._step_lanes([self._lanes[request] for request in plan.decode])
         ended |= len(stepped) < len(plan.decode)
         for lane in stepped:
             ended |= self._update(lane)
         return ended
+
+    def _prefill(self, request: Request, chunk: int, *, held_up: bool) -> bool:
+        """A request's next share of computing before it can step; True if it failed and so ended.
+
+        held_up: others are waiting for their step. Encoding the history is then a share of its own.
+        """
+        try:
+            opened = request not in self._lanes
+            if opened:
+                self._lanes[request] = self._runner.open(request, self._scheduler.block(request))
+            if not (opened and held_up):
+                left = self._runner.prefill(self._lanes[request], chunk)
+                with self._books:
+                    self._scheduler.prefilled(request, left)
+        except Exception as error:
+            return self._fail(request, error)
+        return False
 
     def _step_lanes(self, lanes: list[Lane]) -> list[Lane]:
         """One step of all lanes. If it raises, each is stepped alone, so that only the cause ends."""

@@ -84,9 +84,8 @@ class Scheduler:
         self._submitted += 1
         self._order[request] = self._submitted
 
-    def admit(self) -> list[tuple[Request, Block]]:
+    def admit(self) -> None:
         """Moves requests from the queue to prefilling, as far as rows and cache allow."""
-        admitted = []
         for request in list(self._queue):
             fits_rows = self.running_rows == 0 or self.running_rows + request.rows <= self._config.max_rows
             block = self._arena.allocate(self._cache_size(request)) if fits_rows else None
@@ -100,8 +99,10 @@ class Scheduler:
             self._blocks[request] = block
             self._prefilling[request] = request.context_used(self._config.max_context)
             request.state = State.PREFILLING
-            admitted.append((request, block))
-        return admitted
+
+    def block(self, request: Request) -> Block:
+        """Where the cache of an admitted request lies."""
+        return self._blocks[request]
 
     def plan(self) -> Plan:
         """The next step. The shortest remaining prefill goes first: a long history then delays nobody but itself."""
