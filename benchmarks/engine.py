@@ -1,12 +1,13 @@
 """The engine against the public implementation: the same weights, threads and forecasts, in one run.
 
     make bench ARGS="--reference PATH_OF_A_PUBLIC_CHECKOUT"
-    python benchmarks/engine.py --reference PATH [--shapes small,mini] [--precisions fp32,bf16,int8] [--repeat 3]
+    python benchmarks/engine.py --reference PATH [--shapes small,mini] [--variants fp32,compiled,bf16,int8] [--repeat 3]
 
 The public implementation takes minutes for a long forecast, so its time is put together from measured parts: single
 steps at three window lengths, between which the cost is interpolated, and the tokenizer once. `check` runs one forecast
 whole beside its estimate. Both sides alternate; figures are medians; ratio = public time / ours. Without --reference
-only our times are measured.
+only our times are measured. "compiled" is fp32 with torch.compile (KronosPredictor's compile=True); a variant that this
+machine cannot compute is left out and named. On a GPU the variants are fp32, bf16, and both without CUDA graphs.
 
 Results go to benchmarks/results/DATE-DEVICE.json with the command that made them.
 """
@@ -32,13 +33,23 @@ import numpy as np
 import torch
 
 from benchmarks.shapes import CONTEXT, random_pair, random_series, save_pair
-from model.device import device_info, resolve_device
+from model.device import device_info, precision_obstacle, resolve_device
 from model.engine.engine import Engine
 from model.engine.packing import packed
 from model.engine.types import EngineConfig, Request, WindowPolicy
+from model.predictor import COMPILED_ROWS
 from model.types import Sampling
 
 RESULTS = Path(__file__).parent / "results"
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp32": {"precision": "fp32"},
+    "compiled": {"precision": "fp32", "compile_rows": COMPILED_ROWS},
+    "bf16": {"precision": "bf16"},
+    "int8": {"precision": "int8"},
+    "fp32-eager": {"precision": "fp32", "graphs": False},
+    "bf16-eager": {"precision": "bf16", "graphs": False},
+}
 
 CASES = [
     # shape, history, horizon, series, samples, window policy
@@ -97,17 +108,35 @@ def our_seconds(engine: Engine, history: int, horizon: int, series: int, samples
     return time.perf_counter() - started
 
 
+def variants_of(names: str, device: torch.device) -> list[str]:
+    """The variants that the device can compute, in their order."""
+    chosen = []
+    for name in names.split(","):
+        settings = VARIANTS[name]
+        if "graphs" in settings and device.type != "cuda":
+            continue  # there it is what the plain variant is
+        obstacle = precision_obstacle(settings["precision"], device)
+        if obstacle is None and "compile_rows" in settings and device.type != "cpu":
+            obstacle = "torch.compile is for the CPU"
+        if obstacle is None:
+            chosen.append(name)
+        else:
+            print(f"{name} is left out: {obstacle}", flush=True)
+    return chosen
+
+
 def compare(options: argparse.Namespace, shape: str, device: torch.device) -> list[dict[str, Any]]:
     """All cases of one shape, public and ours in turn."""
     model, tokenizer = random_pair(shape)
+    model, tokenizer = model.to(device), tokenizer.to(device)
     engines = {
-        precision: Engine(
-            model.to(device),
-            tokenizer.to(device),
-            EngineConfig(max_context=CONTEXT[shape], precision=precision, cache_bytes=2**31, max_rows=256),
+        variant: Engine(
+            model,
+            tokenizer,
+            EngineConfig(max_context=CONTEXT[shape], cache_bytes=2**31, max_rows=256, **VARIANTS[variant]),
             device,
         )
-        for precision in options.precisions.split(",")
+        for variant in variants_of(options.variants, device)
     }
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -115,22 +144,22 @@ def compare(options: argparse.Namespace, shape: str, device: torch.device) -> li
         public = PublicImplementation(options.reference, Path(folder), options.threads) if options.reference else None
         for _, history, horizon, series, samples, window in [case for case in CASES if case[0] == shape]:
             public_times: list[float] = []
-            times: dict[str, list[float]] = {precision: [] for precision in engines}
+            times: dict[str, list[float]] = {variant: [] for variant in engines}
             for engine in engines.values():
                 our_seconds(engine, 64, 2, 1, 1, window)
             for _ in range(options.repeat):
                 if public:
                     public_times.append(public.estimate(series * samples, history, horizon, CONTEXT[shape]))
-                for precision, engine in engines.items():
-                    times[precision].append(our_seconds(engine, history, horizon, series, samples, window))
+                for variant, engine in engines.items():
+                    times[variant].append(our_seconds(engine, history, horizon, series, samples, window))
             row: dict[str, Any] = {
                 "case": f"{shape} {history}/{horizon}, {series} × {samples}, {window}",
                 "public_s": round(statistics.median(public_times), 3) if public else None,
             }
-            for precision, seconds in times.items():
-                row[f"{precision}_s"] = round(statistics.median(seconds), 4)
+            for variant, seconds in times.items():
+                row[f"{variant}_s"] = round(statistics.median(seconds), 4)
                 if public:
-                    row[f"{precision}_ratio"] = round(row["public_s"] / statistics.median(seconds), 1)
+                    row[f"{variant}_ratio"] = round(row["public_s"] / statistics.median(seconds), 1)
             rows.append(row)
             print(json.dumps(row), flush=True)
         if public:
@@ -218,6 +247,81 @@ def mixed_stream(device: torch.device) -> dict[str, Any]:
     return {"together_s": round(together, 2), "one_by_one_s": round(alone, 2), "ratio": round(alone / together, 2)}
 
 
+def stall(device: torch.device) -> dict[str, Any]:
+    """The longest time between two bars of a running forecast while long histories join and windows slide beside it."""
+    result = {}
+    for shape in ("small", "base"):
+        model, tokenizer = random_pair(shape)
+        engine = Engine(model.to(device), tokenizer.to(device), EngineConfig(cache_bytes=2**31), device)
+        our_seconds(engine, 400, 4, 1, 1, "exact")
+        times: list[float] = []
+
+        def note(step: int, times: list[float] = times) -> None:
+            times.append(time.monotonic())
+
+        running = Request(random_series(64, 100, 0), Sampling(seed=0), on_step=note)
+        others = [Request(random_series(480, 40, i), Sampling(seed=i)) for i in (1, 2)]
+        engine.submit([running])
+        while len(times) < 20:
+            engine.step()
+        alone = statistics.median(np.diff(times))
+        engine.submit(others)
+        engine.wait([running])
+        for request in others:
+            request.should_stop = lambda: True
+        engine.step()
+        gaps = np.diff(times)[20:]
+        result[shape] = {
+            "ms per bar alone": round(1000 * float(alone), 1),
+            "longest ms between bars": round(1000 * float(max(gaps)), 1),
+            "median ms between bars": round(1000 * float(statistics.median(gaps)), 1),
+        }
+    return result
+
+
+def step_rates(device: torch.device) -> list[dict[str, Any]]:
+    """Steps and rows a second of Kronos-small at several numbers of rows, with and without CUDA graphs."""
+    model, tokenizer = random_pair("small")
+    model, tokenizer = model.to(device), tokenizer.to(device)
+    table = []
+    for variant in variants_of("fp32,bf16,fp32-eager,bf16-eager", device):
+        engine = Engine(model, tokenizer, EngineConfig(cache_bytes=2**33, max_rows=1024, **VARIANTS[variant]), device)
+        for rows in (1, 64, 512):
+            our_seconds(engine, 400, 40, 1, rows, "exact")
+            long, short = (
+                statistics.median(our_seconds(engine, 400, horizon, 1, rows, "exact") for _ in range(3))
+                for horizon in (104, 8)
+            )
+            per_second = 96 / (long - short)
+            table.append(
+                {"variant": variant, "rows": rows, "steps/s": round(per_second), "rows/s": round(per_second * rows)}
+            )
+    return table
+
+
+def plot(table: list[dict[str, Any]], path: Path) -> None:
+    """The scaling table as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for axis, kinds in zip(axes, (("rows of one series", "series of one row"), ("history",)), strict=True):
+        for kind in kinds:
+            points = [(row[kind], row["ms per bar and row"]) for row in table if kind in row]
+            axis.plot(*zip(*points, strict=True), marker="o", label=kind)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.set_ylabel("ms per bar and row")
+        axis.set_xlabel(" / ".join(kinds))
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.suptitle("Kronos-small, history 400 (left), one row (right)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
 def scaling(device: torch.device) -> list[dict[str, Any]]:
     """Cost of a bar of one path against rows and against history, and the cache that a row takes."""
     model, tokenizer = random_pair("small")
@@ -246,7 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", help="checkout of the public implementation")
     parser.add_argument("--shapes", default="small,mini,base")
-    parser.add_argument("--precisions", default="fp32,bf16,int8")
+    parser.add_argument("--variants", default="fp32,compiled,bf16,int8,fp32-eager,bf16-eager")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto")
@@ -269,14 +373,17 @@ def main() -> None:
         "cases": [row for shape in options.shapes.split(",") for row in compare(options, shape, device)],
         "mixed_stream": mixed_stream(device),
         "shares": shares_of_limits(limits, device),
+        "stall": stall(device),
     }
-    print(json.dumps(result["mixed_stream"]))
-    print(json.dumps(result["shares"]))
-    if not options.skip_scaling:
-        result["scaling"] = scaling(device)
-        print(json.dumps(result["scaling"]))
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{result['date']}-engine-{device.type}.json"
+    if device.type == "cuda":
+        result["step_rates"] = step_rates(device)
+    if not options.skip_scaling:
+        result["scaling"] = scaling(device)
+        plot(result["scaling"], path.with_suffix(".png"))
+    for part in ("mixed_stream", "shares", "stall", "step_rates", "scaling"):
+        print(part, json.dumps(result.get(part)))
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {path.relative_to(RESULTS.parents[1])}")
 

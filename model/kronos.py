@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from model.checkpoint import PretrainedMixin
-from model.layers import Attend, Attention, RMSNorm, TransformerBlock, run_blocks
+from model.layers import Attention, RMSNorm, TransformerBlock, run_blocks
 
 CROSS_ATTENTION_HEADS = 4
 """Of every published size, whatever n_heads is."""
+
+Recall = Callable[[Tensor], Tensor]
+"""q [B, H, 1, d] → what it finds among the cached keys and values of DependencyLayer.memory, [B, H, 1, d]."""
 
 
 class TokenEmbedding(nn.Module):
@@ -84,14 +88,23 @@ class DependencyLayer(nn.Module):
             tables = self.cross_attn.rotary.tables(torch.arange(context.shape[1], device=context.device))
         return self.norm(context + self.cross_attn(s1_embedded, context, tables))
 
-    def last(self, context: Tensor, s1_embedded: Tensor, attend: Attend | None = None) -> Tensor:
+    def last(self, context: Tensor, s1_embedded: Tensor, recall: Recall | None = None) -> Tensor:
         """The newest position only: context [B, T, D], s1_embedded [B, 1, D] → [B, 1, D].
 
-        With attend, context may be the newest position alone: attend knows the earlier ones.
+        With recall, context may be the newest position alone.
         Not rotated: the published weights are run with every key at position 0 (docs/parity.md, "cross-attention").
         """
-        mixed = self.cross_attn(s1_embedded, context, None, causal=False, attend=attend)
+        cross = self.cross_attn
+        if recall is None:
+            mixed = cross(s1_embedded, context, None, causal=False)
+        else:
+            mixed = cross.merge(recall(cross.split_heads(cross.q_proj(s1_embedded))))
         return self.norm(context[:, -1:] + mixed)
+
+    def memory(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, d] that later bars ask; they depend on nothing later, so they can be cached."""
+        cross = self.cross_attn
+        return cross.split_heads(cross.k_proj(context)), cross.split_heads(cross.v_proj(context))
 
 
 class DualHead(nn.Module):
@@ -182,7 +195,7 @@ class Kronos(PretrainedMixin, nn.Module):
         """context [B, T, D] → logits [B, 2^s1_bits] of the bar after the last one."""
         return self.head.proj_s1(context[:, -1])
 
-    def next_s2_logits(self, context: Tensor, s1: Tensor, attend: Attend | None = None) -> Tensor:
+    def next_s2_logits(self, context: Tensor, s1: Tensor, recall: Recall | None = None) -> Tensor:
         """context [B, T, D] and the chosen s1 [B] → logits [B, 2^s2_bits] of the same bar."""
-        conditioned = self.dep_layer.last(context, self.embedding.emb_s1(s1.unsqueeze(1)), attend)
+        conditioned = self.dep_layer.last(context, self.embedding.emb_s1(s1.unsqueeze(1)), recall)
         return self.head.proj_s2(conditioned[:, -1])

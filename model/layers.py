@@ -109,9 +109,7 @@ class Attention(nn.Module):
         rotary None leaves query and keys as they are: position 0 for all of them. attend replaces the plain attention
         over memory, causal or not.
         """
-        q = self.split_heads(self.q_proj(query))
-        k = self.split_heads(self.k_proj(memory))
-        v = self.split_heads(self.v_proj(memory))
+        q, k, v = self.project(query, memory)
         if rotary is not None:
             q, k = rotate(q, rotary).type_as(v), rotate(k, rotary).type_as(v)
         if attend is not None:
@@ -119,6 +117,18 @@ class Attention(nn.Module):
         else:
             dropout_p = self.attn_dropout_p if self.training else 0.0
             mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal)
+        return self.merge(mixed)
+
+    def project(self, query: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, H, Tq, d] of query [B, Tq, D]; k and v [B, H, T, d] of memory [B, T, D]."""
+        return (
+            self.split_heads(self.q_proj(query)),
+            self.split_heads(self.k_proj(memory)),
+            self.split_heads(self.v_proj(memory)),
+        )
+
+    def merge(self, mixed: Tensor) -> Tensor:
+        """What the heads have gathered, [B, H, T, d] → [B, T, D]."""
         return self.resid_dropout(self.out_proj(mixed.transpose(1, 2).flatten(2)))
 
 

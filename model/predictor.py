@@ -13,9 +13,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from model.device import memory_bytes, precision_policy, resolve_device
+from model.device import memory_bytes, resolve_device, resolve_precision
 from model.engine.engine import Engine
-from model.engine.packing import PRECISIONS
 from model.engine.types import BarsCallback, EngineConfig, Request, WindowPolicy
 from model.errors import InputError
 from model.frames import Times, series_from_frame
@@ -23,6 +22,9 @@ from model.kronos import Kronos
 from model.sampler import check_sampling
 from model.tokenizer import KronosTokenizer
 from model.types import COLUMNS, Paths, Sampling, Series, StepCallback, StopCheck, Window
+
+COMPILED_ROWS = (1, 4, 8, 16, 32)
+"""A step of more rows is bound by its products, which the packed layers compute as fast."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,16 @@ class KronosPredictor:
         precision: str = "auto",
         cache_bytes: int | None = None,
         max_rows: int = 1024,
+        compile: bool = False,
     ) -> None:
         """device: as resolve_device takes it. max_context: bars that the model sees at once.
 
-        clip: bound on normalised values. precision: fp32, bf16, int8, or auto for what model.device says of the device.
+        clip: bound on normalised values. precision: fp32, bf16, int8, or auto; as resolve_precision takes it.
         cache_bytes: memory for keys and values, allocated once; None takes a quarter of the device's memory, of which
         the CPU commits only what is used. max_rows: paths that step together; more wait.
+        compile: prepares steps with torch.compile on first use, minutes the first time; engine.warnings says if it
+        could not.
         """
-        if precision != "auto" and precision not in PRECISIONS:
-            raise ValueError(f"precision must be auto, {', '.join(PRECISIONS)}, not {precision!r}")
         if max_context < 1:
             raise ValueError(f"max_context must be at least 1, not {max_context}")
         if not clip > 0:
@@ -81,7 +84,7 @@ class KronosPredictor:
                 f"{tokenizer.s2_bits}: they do not belong together"
             )
         self.device, self.device_warning = resolve_device(device)
-        self.precision = precision_policy(self.device)[0] if precision == "auto" else precision
+        self.precision, self.precision_reason, self.precision_warning = resolve_precision(precision, self.device)
         # Dropout must never reach a forecast, whatever the caller trained just before.
         self.model = model.to(self.device).eval()
         self.tokenizer = tokenizer.to(self.device).eval()
@@ -93,6 +96,7 @@ class KronosPredictor:
             precision=self.precision,
             cache_bytes=cache_bytes or memory_bytes(self.device) // 4,
             max_rows=max_rows,
+            compile_rows=COMPILED_ROWS if compile else (),
         )
         self._engine: Engine | None = None
         self._engine_weights: tuple[tuple[int, int], ...] = ()

@@ -4,6 +4,11 @@ types       what a request is, and the engine's frozen configuration            
 kv_cache    where a request's keys and values lie in the preallocated arena      no torch
 scheduler   which requests are admitted, prefilled and stepped next              no torch
 runner      the tensors: prefill, one step for many rows, sliding, decoding
+attention   the cache of one request: a shared history and each path's own bars
+stack       the blocks of a network over any positions: the seam for what computes them
+packing     linear layers in the form that is fastest on the device
+compiled    the stack through torch.compile, for the CPU
+graphs      a step of fixed shapes, for CUDA graphs
 sampler     tokens for rows of different settings
 engine      schedule → run → update, and the errors of single requests
 """

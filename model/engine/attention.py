@@ -15,15 +15,18 @@ from torch import Tensor
 class SequenceCache:
     """Keys and values of one stack of layers for one request, in a range of the arena.
 
-    The history's part is shared by all paths and never copied; every path appends to a part of its own.
+    The history's part is shared by all paths and never copied; every path appends to a part of its own. A single path
+    has nothing to share: its bars follow the history in one part, which takes fewer and larger operations.
     """
 
     def __init__(self, memory: Tensor, layers: int, width: int, history: int, paths: int, own: int) -> None:
         """memory: a 1-D view of size() elements. history, own: bars that either part can hold."""
-        split = layers * 2 * history * width
-        self._history = memory[:split].view(layers, 2, history * width)
-        self._own = memory[split:].view(layers, 2, paths * own * width)
-        self._width, self._history_capacity, self._own_capacity, self._paths = width, history, own, paths
+        self._width, self._paths, self._single = width, paths, paths == 1
+        self._own_capacity = 0 if self._single else own
+        self._history_capacity = history + own if self._single else history
+        split = layers * 2 * self._history_capacity * width
+        self._history = memory[:split].view(layers, 2, self._history_capacity * width)
+        self._own = memory[split:].view(layers, 2, paths * self._own_capacity * width)
         self._views: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self.history_length = 0
         self.own_length = 0
@@ -32,6 +35,18 @@ class SequenceCache:
     def size(layers: int, width: int, history: int, paths: int, own: int) -> int:
         """Elements of the arena that such a cache takes."""
         return layers * 2 * width * (history + paths * own)
+
+    def place(self) -> tuple[int, ...]:
+        """Where the parts lie: first element, capacity and length of the history, the same of the paths' own bars.
+
+        First elements are counted in the arena, in units of width, of which they are multiples. A single path has only
+        bars of its own.
+        """
+        history = self._history.storage_offset() // self._width
+        if self._single:
+            return history, 0, 0, history, self._history_capacity, self.history_length + self.own_length
+        own = self._own.storage_offset() // self._width
+        return history, self._history_capacity, self.history_length, own, self._own_capacity, self.own_length
 
     def clear(self) -> None:
         """Forgets all bars: the window has moved."""
@@ -52,34 +67,40 @@ class SequenceCache:
 
     def write_history(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k, v [1, H, g, d] of the bars after history_length, which the caller advances once all layers are written."""
+        self._write_shared(layer, self.history_length, k, v)
+
+    def write_own(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """k, v [S, H, g, d] of the bars after own_length, which the caller advances once all layers are written."""
+        if self._single:
+            self._write_shared(layer, self.history_length + self.own_length, k, v)
+            return
+        _, _, keys, values = self._layer(layer, k.shape[1])
+        bars = slice(self.own_length, self.own_length + k.shape[2])
+        keys[:, :, bars] = k
+        values[:, :, bars] = v
+
+    def _write_shared(self, layer: int, first: int, k: Tensor, v: Tensor) -> None:
         keys, values, _, _ = self._layer(layer, k.shape[1])
-        bars = slice(self.history_length, self.history_length + k.shape[2])
+        bars = slice(first, first + k.shape[2])
         keys[:, bars] = k[0]
         values[:, bars] = v[0]
 
     def attend_history(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Appends k, v [1, H, g, d] to the history and lets q attend to all of it, causally; [1, H, g, d]."""
         self.write_history(layer, k, v)
-        done, new = self.history_length, q.shape[2]
+        done, new, dtype = self.history_length, q.shape[2], self._history.dtype
         if done == 0:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), is_causal=True).float()
         keys, values, _, _ = self._layer(layer, q.shape[1])
-        seen = torch.ones(new, done + new, dtype=torch.bool, device=q.device).tril(done)
+        seen = causal(new, done + new, q.device)
         return F.scaled_dot_product_attention(
-            q, keys[None, :, : done + new].to(q.dtype), values[None, :, : done + new].to(q.dtype), attn_mask=seen
-        )
+            q.to(dtype), keys[None, :, : done + new], values[None, :, : done + new], attn_mask=seen
+        ).float()
 
     def attend_own(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Appends k, v [S, H, g, d] to the paths' own bars; q attends to the history and, causally, to those."""
         self.write_own(layer, k, v)
         return self._attend(layer, q, self.own_length + k.shape[2])
-
-    def write_own(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """k, v [S, H, g, d] of the bars after own_length, which the caller advances once all layers are written."""
-        _, _, keys, values = self._layer(layer, k.shape[1])
-        bars = slice(self.own_length, self.own_length + k.shape[2])
-        keys[:, :, bars] = k
-        values[:, :, bars] = v
 
     def attend_seen(self, layer: int, q: Tensor) -> Tensor:
         """q [S, H, 1, d] attends to what is cached; nothing is appended."""
@@ -88,27 +109,36 @@ class SequenceCache:
     def _attend(self, layer: int, q: Tensor, own: int) -> Tensor:
         """One softmax over the history and the first `own` bars of each path. q [S, H, g, d] → [S, H, g, d]."""
         paths, heads, new, width = q.shape
-        bars = self.history_length
         keys, values, own_keys, own_values = self._layer(layer, heads)
-        q = q * (1 / math.sqrt(width))
         dtype = keys.dtype
-        scores = []
+        q = (q * (1 / math.sqrt(width))).to(dtype)
+        if self._single:
+            bars = self.history_length + own
+            scores = (q[0] @ keys[:, :bars].transpose(1, 2)).float()
+            if new > 1:
+                scores = scores.masked_fill(~causal(new, bars, q.device), -torch.inf)
+            return (scores.softmax(-1).to(dtype) @ values[:, :bars]).float()[None]
+        bars, parts = self.history_length, []
         if bars:
             # All paths ask the same keys: one matrix product per head serves them together.
             by_head = q.transpose(0, 1).reshape(heads, paths * new, width)
-            scores.append((by_head.to(dtype) @ keys[:, :bars].transpose(1, 2)).float())
+            parts.append((by_head @ keys[:, :bars].transpose(1, 2)).float())
         if own:
-            own_scores = (q.to(dtype) @ own_keys[:, :, :own].transpose(2, 3)).float()
+            own_scores = (q @ own_keys[:, :, :own].transpose(2, 3)).float()
             if new > 1:
-                seen = torch.ones(new, own, dtype=torch.bool, device=q.device).tril(own - new)
-                own_scores = own_scores.masked_fill(~seen, -torch.inf)
-            scores.append(own_scores.transpose(0, 1).reshape(heads, paths * new, own))
-        weights = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)).softmax(-1).to(dtype)
-        parts = []
+                own_scores = own_scores.masked_fill(~causal(new, own, q.device), -torch.inf)
+            parts.append(own_scores.transpose(0, 1).reshape(heads, paths * new, own))
+        weights = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).softmax(-1).to(dtype)
+        mixed = []
         if bars:
             shared = (weights[..., :bars] @ values[:, :bars]).float()
-            parts.append(shared.view(heads, paths, new, width).transpose(0, 1))
+            mixed.append(shared.view(heads, paths, new, width).transpose(0, 1))
         if own:
             by_path = weights[..., bars:].reshape(heads, paths, new, own).transpose(0, 1)
-            parts.append((by_path @ own_values[:, :, :own]).float())
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+            mixed.append((by_path @ own_values[:, :, :own]).float())
+        return mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
+
+
+def causal(new: int, bars: int, device: torch.device) -> Tensor:
+    """bool [new, bars]: what each of the last `new` bars sees."""
+    return torch.ones(new, bars, dtype=torch.bool, device=device).tril(bars - new)

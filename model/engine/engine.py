@@ -35,7 +35,7 @@ class Engine:
         self.config = config
         self._runner = Runner(model, tokenizer, config, device or torch.device("cpu"))
         self._arena = Arena(self._runner.arena_elements)
-        self._scheduler = Scheduler(config, self._arena, self._runner.cache_size)
+        self._scheduler = Scheduler(config, self._arena, self._runner.cache_size, self._runner.prefill_chunk)
         self._lanes: dict[Request, Lane] = {}
         self._stats = EngineStats()
         self._books = threading.RLock()
@@ -91,23 +91,11 @@ class Engine:
         """One turn of the engine; True if a request ended in it."""
         with self._books:
             ended = self._drop_stopped()
-            for request, block in self._scheduler.admit():
-                try:
-                    self._lanes[request] = self._runner.open(request, block)
-                except Exception as error:
-                    ended |= self._fail(request, error)
+            self._scheduler.admit()
             plan = self._scheduler.plan()
         if plan.prefill is not None:
-            request, bars = plan.prefill
             started = time.perf_counter()
-            try:
-                self._runner.prefill(self._lanes[request], bars)
-            except Exception as error:
-                ended |= self._fail(request, error)
-            else:
-                with self._books:
-                    self._scheduler.prefilled(request, bars)
-                    self._stats.prefill_bars += bars
+            ended |= self._prefill(*plan.prefill, held_up=bool(plan.decode))
             self._stats.prefill_seconds += time.perf_counter() - started
         started = time.perf_counter()
         stepped = self._step_lanes([self._lanes[request] for request in plan.decode])
@@ -120,11 +108,28 @@ class Engine:
             ended |= self._update(lane)
         return ended
 
+    def _prefill(self, request: Request, chunk: int, *, held_up: bool) -> bool:
+        """A request's next share of computing before it can step; True if it failed and so ended.
+
+        held_up: others are waiting for their step. Encoding the history is then a share of its own.
+        """
+        try:
+            opened = request not in self._lanes
+            if opened:
+                self._lanes[request] = self._runner.open(request, self._scheduler.block(request))
+            if not (opened and held_up):
+                left = self._runner.prefill(self._lanes[request], chunk)
+                with self._books:
+                    self._stats.prefill_bars += self._scheduler.prefilled(request, left)
+        except Exception as error:
+            return self._fail(request, error)
+        return False
+
     def _step_lanes(self, lanes: list[Lane]) -> list[Lane]:
         """One step of all lanes. If it raises, each is stepped alone, so that only the cause ends."""
         if not lanes:
             return []
-        before = [(lane.start, lane.cache.own_length) for lane in lanes]
+        before = [lane.cache.own_length for lane in lanes]
         try:
             self._runner.step(lanes)
             return lanes
@@ -133,9 +138,8 @@ class Engine:
                 self._fail(lanes[0].request, error)
                 return []
             stepped = []
-            for lane, (start, own_length) in zip(lanes, before, strict=True):
-                # With its old start, a window that had moved already is moved and computed again.
-                lane.start, lane.cache.own_length = start, own_length
+            for lane, own_length in zip(lanes, before, strict=True):
+                lane.cache.own_length = own_length
                 stepped += self._step_lanes([lane])
             return stepped
 
@@ -150,6 +154,9 @@ class Engine:
         except Exception as error:
             return self._fail(request, error)
         if not lane.finished:
+            if left := self._runner.slide(lane):
+                with self._books:
+                    self._scheduler.refill(request, left)
             return False
         request.normalised = np.concatenate(lane.decoded, axis=1)
         request.mean, request.scale = lane.mean, lane.scale
@@ -208,6 +215,11 @@ class Engine:
         """Paths that are being computed."""
         with self._books:
             return self._scheduler.running_rows
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was asked for and does not work here; the engine does without."""
+        return self._runner.warnings
 
     def check_integrity(self) -> None:
         """Raises CacheIntegrityError unless every range of the cache belongs to one live request or to nobody."""

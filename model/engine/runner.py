@@ -8,53 +8,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.engine.attention import SequenceCache
+from model.engine.compiled import CompiledStack
+from model.engine.graphs import GraphedSteps, StepInput, place
 from model.engine.kv_cache import Block
 from model.engine.packing import packed
-from model.engine.sampler import RowSettings, SeededNoise, draw_noise, sample_rows
+from model.engine.sampler import RowSettings, SeededNoise, draw_noise, sample_rows, sample_sorted
+from model.engine.stack import Stack
 from model.engine.types import EngineConfig, Request
 from model.frames import normalise
 from model.generate import decode
 from model.kronos import Kronos
-from model.layers import RotaryTables, TransformerBlock
 from model.sampler import S1_HEAD, S2_HEAD
 from model.tokenizer import KronosTokenizer
 
 DECODE_CHUNK = 64
 """Bars of each path that pass the tokenizer's decoder at once, which bounds the memory of its attention scores."""
-
-AttendLayer = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-class Stack:
-    """A network's blocks, run over any positions with attention from a cache."""
-
-    def __init__(self, blocks: nn.ModuleList, positions: int, device: torch.device) -> None:
-        self._blocks = [cast(TransformerBlock, block) for block in blocks]
-        self._tables: list[RotaryTables] = []
-        if self._blocks:
-            rotary = self._blocks[0].self_attn.rotary
-            self._tables = [rotary.tables(torch.arange(positions, device=device))]
-
-    @property
-    def layers(self) -> int:
-        return len(self._blocks)
-
-    def run(self, x: Tensor, positions: slice | Tensor, attend: AttendLayer) -> Tensor:
-        """x [R, g, D] → [R, g, D]. positions: a slice of g positions for all rows, or with g = 1 an int64 [R]."""
-        for cos, sin in self._tables:
-            tables = (cos[positions], sin[positions])
-            if isinstance(positions, Tensor):
-                tables = (tables[0][:, None, None], tables[1][:, None, None])
-            for layer, block in enumerate(self._blocks):
-                x = block(x, tables, partial(attend, layer))
-        return x
+CHUNK_WORK = 2_000_000_000
+"""Weights × rows × bars of a prefill chunk on the CPU: 4 GFLOP."""
 
 
 @dataclass(eq=False)
@@ -62,7 +39,8 @@ class Lane:
     """A request's tensors.
 
     tokens: int64 [S, T + H, 2]. times: summed time embeddings [T + H, D]. cache: of the model's blocks and its
-    cross-attention. start: first bar of the window. step: bars generated. context: the newest position, [1 or S, 1, D].
+    cross-attention. start: first bar of the window. step: bars generated.
+    fresh: the newest bar is cached, as it is after a prefill, and context is its position, [1 or S, 1, D].
     noise: of a seeded request. decoded, decoder_cache: bars that have passed the tokenizer's decoder, and its cache.
     """
 
@@ -74,6 +52,7 @@ class Lane:
     scale: np.ndarray
     start: int
     step: int = 0
+    fresh: bool = False
     context: Tensor | None = None
     noise: SeededNoise | None = None
     decoded: list[np.ndarray] = field(default_factory=list)
@@ -97,17 +76,40 @@ class Runner:
         self._model = cast(Kronos, packed(model, config.precision, device))
         # Tokens decide everything after them, so the tokenizer stays fp32 whatever the model's precision.
         self._tokenizer = cast(KronosTokenizer, packed(tokenizer, "fp32", device))
-        self._plain_tokenizer = tokenizer
+        self._plain_blocks, self._plain_tokenizer = model.transformer, tokenizer
         self._width = model.d_model
+        self._vocabulary = 2 ** max(model.s1_bits, model.s2_bits)
+        # A GPU must not wait for the host to look at its numbers.
+        self._sample = sample_rows if device.type == "cpu" else sample_sorted
         self._decoder_width = int(tokenizer.embed.out_features)
         self._stack = Stack(self._model.transformer, config.max_context, device)
         self._decoder = Stack(self._tokenizer.decoder, config.max_context, device)
         self._cross_layer = self._stack.layers
-        self._autocast = device.type != "cpu" and config.precision == "bf16"
-        dtype = torch.bfloat16 if self._autocast else torch.float32
-        self.arena_elements = max(1, config.cache_bytes // dtype.itemsize)
-        self._memory = torch.empty(self.arena_elements, dtype=dtype, device=device)
+        # On the CPU a bf16 cache is slower: its attention kernels for one query are poor.
+        dtype = torch.bfloat16 if config.precision == "bf16" and device.type != "cpu" else torch.float32
+        self.arena_elements = max(1, config.cache_bytes // dtype.itemsize // self._width) * self._width
+        scratch = GraphedSteps.scratch(self._stack.layers, self._width)
+        self._memory = torch.empty(self.arena_elements + scratch, dtype=dtype, device=device)
+        self._graphs: GraphedSteps | None = None
+        if config.graphs or (config.graphs is None and device.type == "cuda"):
+            self._graphs = GraphedSteps(self._model, self._stack, self._memory, config.max_context)
+        self._compiled: CompiledStack | None = None
+        if config.compile_rows:
+            self._compiled = CompiledStack(model, config.max_context, config.precision, config.compile_rows, device)
         self._batch: tuple[list[Request], RowSettings] | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was asked for and does not work here: the compiler, CUDA graphs."""
+        return tuple(part.warning for part in (self._compiled, self._graphs) if part is not None and part.warning)
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Rows × bars computed between two steps: by default what takes some 30 ms on two CPU cores."""
+        if self._config.prefill_chunk is not None:
+            return self._config.prefill_chunk
+        weights = sum(weight.numel() for weight in self._plain_blocks.parameters())
+        return max(16, CHUNK_WORK // max(1, weights)) * (1 if self._device.type == "cpu" else 16)
 
     @property
     def slot_size(self) -> int:
@@ -133,7 +135,7 @@ class Runner:
         tokens = torch.cat((history, history.new_zeros(1, request.horizon, 2)), dim=1).repeat(request.rows, 1, 1)
         marks = torch.from_numpy(np.concatenate((request.series.marks, request.series.future_marks)))
         memory = self._memory.narrow(0, block.offset, block.size)
-        seed, vocabulary = request.sampling.seed, 2 ** max(self._model.s1_bits, self._model.s2_bits)
+        seed = request.sampling.seed
         return Lane(
             request=request,
             tokens=tokens,
@@ -142,100 +144,138 @@ class Runner:
             mean=mean,
             scale=scale,
             start=request.history - request.context_used(self._config.max_context),
-            noise=None if seed is None else SeededNoise(seed, request.rows, vocabulary, self._device),
+            noise=None if seed is None else SeededNoise(seed, request.rows, self._vocabulary, self._device),
         )
 
     @torch.inference_mode()
-    def prefill(self, lane: Lane, bars: int) -> None:
-        """Computes the next bars of the window's history."""
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
-            done = lane.cache.history_length
-            lane.context = self._history_context(lane, slice(done, done + bars))[:, -1:]
+    def prefill(self, lane: Lane, chunk: int) -> int:
+        """Computes some rows × bars of the window; returns how many are left."""
+        rows, cache = lane.request.rows, lane.cache
+        history = max(0, lane.request.history - lane.start)
+        own = lane.end - lane.start - history
+        if cache.history_length < history:
+            stop = min(history, cache.history_length + chunk)
+            context = self._history_context(lane, slice(cache.history_length, stop))
+        else:
+            context = self._own_context(lane, min(own - cache.own_length, max(1, chunk // rows)))
+        left = history - cache.history_length + rows * (own - cache.own_length)
+        if not left:
+            lane.context, lane.fresh = context[:, -1:], True
+        return left
+
+    def slide(self, lane: Lane) -> int:
+        """Moves the window if it has become too long; returns the rows × bars that then have to be prefilled, or 0."""
+        limit = self._config.max_context
+        if lane.end - lane.start <= limit:
+            return 0
+        lane.start = lane.end - limit - 1 + lane.request.window.hop
+        lane.cache.clear()
+        history = max(0, lane.request.history - lane.start)
+        return history + lane.request.rows * (lane.end - lane.start - history)
 
     @torch.inference_mode()
     def step(self, lanes: Sequence[Lane]) -> None:
         """Samples the next bar of every lane."""
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
-            fresh = self._move_windows(lanes)
-            advancing = [lane for lane in lanes if lane not in fresh]
-            if advancing:
-                self._advance(advancing)
-            context = torch.cat([cast(Tensor, lane.context).expand(lane.request.rows, -1, -1) for lane in lanes])
-            settings = self._settings(lanes)
-            s1_logits = self._model.next_s1_logits(context).float()
-            s1 = sample_rows(s1_logits, settings, self._noise(lanes, S1_HEAD, s1_logits.shape[1]))
-            s2_logits = self._model.next_s2_logits(context, s1, partial(self._attend_cross, lanes, fresh)).float()
-            s2 = sample_rows(s2_logits, settings, self._noise(lanes, S2_HEAD, s2_logits.shape[1]))
-        for lane in advancing:
-            lane.cache.own_length += 1
-        pairs = torch.stack((s1, s2), dim=-1).split([lane.request.rows for lane in lanes])
-        for lane, pair in zip(lanes, pairs, strict=True):
-            lane.tokens[:, lane.end] = pair
+        fresh = [lane for lane in lanes if lane.fresh]
+        advancing = [lane for lane in lanes if not lane.fresh]
+        tokens = self._step_graphed(advancing) if advancing and self._graphs is not None else None
+        if tokens is not None:
+            self._append(advancing, tokens)
+            lanes = fresh
+        elif advancing:
+            self._advance(advancing)
+        if lanes:
+            self._append(lanes, self._choose(lanes))
+
+    def _choose(self, lanes: Sequence[Lane]) -> Tensor:
+        """Samples from the lanes' newest contexts; tokens int64 [R, 2]."""
+        context = torch.cat([cast(Tensor, lane.context).expand(lane.request.rows, -1, -1) for lane in lanes])
+        settings = self._settings(lanes)
+        s1_logits = self._model.next_s1_logits(context)
+        s1 = self._sample(s1_logits, settings, self._noise(lanes, S1_HEAD, s1_logits.shape[1]))
+        s2_logits = self._model.next_s2_logits(context, s1, partial(self._recall, lanes))
+        s2 = self._sample(s2_logits, settings, self._noise(lanes, S2_HEAD, s2_logits.shape[1]))
+        return torch.stack((s1, s2), dim=-1)
+
+    def _append(self, lanes: Sequence[Lane], tokens: Tensor) -> None:
+        """Writes the lanes' next bars, int64 [R, 2]."""
+        for lane, rows in zip(lanes, tokens.split([lane.request.rows for lane in lanes]), strict=True):
+            lane.tokens[:, lane.end] = rows
             lane.step += 1
+            lane.fresh = False
 
-    def _move_windows(self, lanes: Sequence[Lane]) -> set[Lane]:
-        """Recomputes the windows that became too long; returns the lanes whose newest position is cached already."""
-        limit = self._config.max_context
-        fresh = set()
-        for lane in lanes:
-            if lane.step == 0:
-                fresh.add(lane)
-            elif lane.end - lane.start > limit:
-                self._rebuild(lane, lane.end - limit - 1 + lane.request.window.hop)
-                fresh.add(lane)
-        return fresh
+    def _step_graphed(self, lanes: Sequence[Lane]) -> Tensor | None:
+        """As _advance and _choose, with fixed shapes; None where those have to do it."""
+        newest = torch.cat([lane.tokens[:, lane.end - 1] for lane in lanes])
+        places = [
+            place(lane.end - 1 - lane.start, path, lane.request.rows, lane.cache)
+            for lane in lanes
+            for path in range(lane.request.rows)
+        ]
+        settings = self._settings(lanes)
+        noise = [self._noise(lanes, head, self._vocabulary) for head in (S1_HEAD, S2_HEAD)]
+        step = StepInput(
+            tokens=newest,
+            times=self._newest_times(lanes),
+            places=self._to_device(places),
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            kept=settings.kept,
+            greedy=settings.greedy,
+            noise=torch.stack(noise, dim=1),
+        )
+        longest = max(lane.end - lane.start for lane in lanes)
+        tokens = cast(GraphedSteps, self._graphs).run(step, longest)
+        if tokens is not None:
+            for lane in lanes:
+                lane.cache.own_length += 1
+        return tokens
 
-    def _rebuild(self, lane: Lane, start: int) -> None:
-        """Moves the window's start and computes all of it: the history once, the generated bars for every path."""
-        history = lane.request.history
-        lane.start = start
-        lane.cache.clear()
-        if start < history:
-            self._history_context(lane, slice(0, history - start))
-        first = max(history, start)
-        bars = slice(first, lane.end)
+    def _own_context(self, lane: Lane, count: int) -> Tensor:
+        """Computes and caches the next bars that the paths have generated; context [S, count, D]."""
+        first = max(lane.request.history, lane.start) + lane.cache.own_length
+        bars = slice(first, first + count)
         x = self._model.embedding(lane.tokens[:, bars, 0], lane.tokens[:, bars, 1]) + lane.times[bars]
-        positions = slice(first - start, lane.end - start)
+        positions = slice(first - lane.start, first - lane.start + count)
         context = self._model.norm(self._stack.run(x, positions, lane.cache.attend_own))
-        lane.cache.write_own(self._cross_layer, *self._cross_memory(context))
-        lane.cache.own_length = lane.end - first
-        lane.context = context[:, -1:]
+        lane.cache.write_own(self._cross_layer, *self._model.dep_layer.memory(context))
+        lane.cache.own_length += count
+        return context
 
     def _history_context(self, lane: Lane, positions: slice) -> Tensor:
         """Computes and caches positions of the window's history; context [1, g, D]."""
         bars = slice(lane.start + positions.start, lane.start + positions.stop)
         x = self._model.embedding(lane.tokens[:1, bars, 0], lane.tokens[:1, bars, 1]) + lane.times[bars]
         context = self._model.norm(self._stack.run(x, positions, lane.cache.attend_history))
-        lane.cache.write_history(self._cross_layer, *self._cross_memory(context))
+        lane.cache.write_history(self._cross_layer, *self._model.dep_layer.memory(context))
         lane.cache.history_length = positions.stop
         return context
-
-    def _cross_memory(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the cross-attention [B, 4, g, d]; they depend on nothing later, so they are cached."""
-        cross = self._model.dep_layer.cross_attn
-        return cross.split_heads(cross.k_proj(context)), cross.split_heads(cross.v_proj(context))
 
     def _advance(self, lanes: Sequence[Lane]) -> None:
         """Feeds every lane's newest bar through the blocks, all rows at once."""
         newest = torch.cat([lane.tokens[:, lane.end - 1] for lane in lanes])
-        times = torch.cat([lane.times[lane.end - 1].expand(lane.request.rows, -1) for lane in lanes])
-        x = (self._model.embedding(newest[:, 0], newest[:, 1]) + times)[:, None]
+        x = (self._model.embedding(newest[:, 0], newest[:, 1]) + self._newest_times(lanes))[:, None]
         positions = self._per_row(lanes, [lane.end - 1 - lane.start for lane in lanes])
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return _by_lane(lanes, lambda lane, *qkv: lane.cache.attend_own(layer, *qkv), q, k, v)
 
-        context = self._model.norm(self._stack.run(x, positions, attend))
-        for lane, rows in zip(lanes, context.split([lane.request.rows for lane in lanes]), strict=True):
-            lane.context = rows
+        hidden = None if self._compiled is None else self._compiled.run(x, positions, attend)
+        context = self._model.norm(self._stack.run(x, positions, attend) if hidden is None else hidden)
+        rows = [lane.request.rows for lane in lanes]
+        keys, values = self._model.dep_layer.memory(context)
+        for lane, newest, k, v in zip(lanes, *(t.split(rows) for t in (context, keys, values)), strict=True):
+            lane.context = newest
+            lane.cache.write_own(self._cross_layer, k, v)
+            lane.cache.own_length += 1
 
-    def _attend_cross(self, lanes: Sequence[Lane], fresh: set[Lane], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        def attend(lane: Lane, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if lane in fresh:
-                return lane.cache.attend_seen(self._cross_layer, q)
-            return lane.cache.attend_own(self._cross_layer, q, k, v)
+    def _recall(self, lanes: Sequence[Lane], q: Tensor) -> Tensor:
+        """The cross-attention: q [R, 4, 1, d] over all bars that its lane has cached."""
+        return _by_lane(lanes, lambda lane, q: lane.cache.attend_seen(self._cross_layer, q), q)
 
-        return _by_lane(lanes, attend, q, k, v)
+    def _newest_times(self, lanes: Sequence[Lane]) -> Tensor:
+        """Time embeddings of the lanes' newest bars [R, D]."""
+        return torch.cat([lane.times[lane.end - 1].expand(lane.request.rows, -1) for lane in lanes])
 
     def _noise(self, lanes: Sequence[Lane], head: int, vocabulary: int) -> Tensor:
         requests, seeded = [lane.request for lane in lanes], [lane.noise for lane in lanes]
@@ -250,8 +290,14 @@ class Runner:
 
     def _per_row(self, lanes: Sequence[Lane], values: Sequence[int]) -> Tensor:
         """One value per lane → int64 [R]."""
-        repeats = torch.tensor([lane.request.rows for lane in lanes], device=self._device)
-        return torch.tensor(values, device=self._device).repeat_interleave(repeats)
+        rows = [lane.request.rows for lane in lanes]
+        return self._to_device([value for value, count in zip(values, rows, strict=True) for _ in range(count)])
+
+    def _to_device(self, values: Sequence[Any]) -> Tensor:
+        """int64. To a GPU from pinned memory, so that the host goes on at once."""
+        if self._device.type != "cuda":
+            return torch.tensor(values, device=self._device)
+        return torch.tensor(values).pin_memory().to(self._device, non_blocking=True)
 
     @torch.inference_mode()
     def decode(self, lane: Lane) -> np.ndarray:
@@ -296,9 +342,9 @@ class Runner:
         return self._tokenizer.post_quant_embed(quantized)
 
 
-def _by_lane(lanes: Sequence[Lane], attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _by_lane(lanes: Sequence[Lane], attend: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """Attention of each lane's rows over its own cache, put together again."""
-    rows = [lane.request.rows for lane in lanes]
-    parts = zip(lanes, q.split(rows), k.split(rows), v.split(rows), strict=True)
-    mixed = [attend(lane, *qkv) for lane, *qkv in parts]
-    return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+    if len(lanes) == 1:
+        return attend(lanes[0], *rows)
+    counts = [lane.request.rows for lane in lanes]
+    return torch.cat([attend(*part) for part in zip(lanes, *(t.split(counts) for t in rows), strict=True)])

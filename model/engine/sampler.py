@@ -19,14 +19,17 @@ from model.sampler import filtered, philox_noise
 class RowSettings:
     """The sampling settings of a batch of requests, one row a path; made once per composition of the batch.
 
-    temperature, top_p: float32 [R, 1], temperature 1 where a row is greedy. greedy: bool [R].
-    top_k: rows of requests that use it.
+    temperature, top_p: float32 [R, 1], temperature 1 where a row is greedy, top_p 1 where top-k is on.
+    kept: int64 [R, 1], the k of top-k; 0 where it is off. greedy: bool [R].
+    top_k_rows: rows of requests that use top-k, by request. any_greedy: whether a row is; both known to the host.
     """
 
     temperature: Tensor
     top_p: Tensor
-    greedy: Tensor | None
-    top_k: list[tuple[int, Tensor]]
+    kept: Tensor
+    greedy: Tensor
+    top_k_rows: tuple[tuple[int, Tensor], ...] = ()
+    any_greedy: bool = True
 
     @classmethod
     def of(cls, requests: Sequence[Request], device: torch.device) -> RowSettings:
@@ -34,19 +37,23 @@ class RowSettings:
         top_p: list[float] = []
         greedy: list[bool] = []
         top_k: list[tuple[int, list[int]]] = []
+        kept: list[int] = []
         for request in requests:
             sampling, first = request.sampling, len(greedy)
             temperature += [sampling.temperature or 1.0] * request.rows
             # A row with top-k has been filtered already when the race asks for top-p.
             top_p += [1.0 if sampling.top_k else sampling.top_p] * request.rows
             greedy += [sampling.temperature == 0] * request.rows
+            kept += [sampling.top_k] * request.rows
             if sampling.top_k:
                 top_k.append((sampling.top_k, list(range(first, first + request.rows))))
         return cls(
             temperature=torch.tensor(temperature, device=device).unsqueeze(1),
             top_p=torch.tensor(top_p, device=device).unsqueeze(1),
-            greedy=torch.tensor(greedy, device=device) if any(greedy) else None,
-            top_k=[(k, torch.tensor(rows, device=device)) for k, rows in top_k],
+            kept=torch.tensor(kept, device=device).unsqueeze(1),
+            greedy=torch.tensor(greedy, device=device),
+            top_k_rows=tuple((k, torch.tensor(rows, device=device)) for k, rows in top_k),
+            any_greedy=any(greedy),
         )
 
 
@@ -98,12 +105,27 @@ def draw_noise(
 def sample_rows(logits: Tensor, settings: RowSettings, noise: Tensor) -> Tensor:
     """Logits and Exp(1) noise, both float32 [R, V] → tokens int64 [R]."""
     scaled = logits / settings.temperature
-    for k, some in settings.top_k:
+    for k, some in settings.top_k_rows:
         scaled[some] = filtered(scaled[some], k, 1.0)
     tokens = race(scaled.softmax(-1), noise, settings.top_p)
-    if settings.greedy is not None:
+    if settings.any_greedy:
         tokens = torch.where(settings.greedy, logits.argmax(-1), tokens)
     return tokens
+
+
+def sample_sorted(logits: Tensor, settings: RowSettings, noise: Tensor) -> Tensor:
+    """sample_rows for a GPU: with a sort, and without the loop whose end the host would have to see.
+
+    The mass before a token is summed in another order, so a token at the very edge of the nucleus may fall otherwise.
+    """
+    ordered, order = (logits / settings.temperature).sort(dim=-1, descending=True)
+    last = ordered.gather(1, (settings.kept - 1).clamp(0, logits.shape[1] - 1))
+    probabilities = ordered.softmax(-1)
+    outside = (probabilities.cumsum(-1) - probabilities > settings.top_p) & (settings.top_p < 1)
+    outside |= (ordered < last) & (settings.kept > 0)
+    ratio = torch.where(outside, -1.0, probabilities / noise.gather(1, order))
+    drawn = order.gather(1, ratio.argmax(-1, keepdim=True)).squeeze(1)
+    return torch.where(settings.greedy, logits.argmax(-1), drawn)
 
 
 def race(probabilities: Tensor, noise: Tensor, top_p: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Policy: who is admitted, who is prefilled, who steps. Knows requests and sizes, no tensors.
 
 One plan a step: at most one chunk of one prefill, and one step for every running request. Running requests therefore
-never wait for more than a chunk, whatever else arrives.
+never wait for more than a chunk, whatever else arrives, and whosever window slides and is computed again.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from model.errors import QueueFullError, RequestTooLargeError
 
 BYPASS_LIMIT = 32
 """How often a request that does not fit yet may be overtaken by smaller ones before it blocks the queue."""
+OLDEST_EVERY = 4
+"""One prefill chunk in so many goes to the oldest request: short ones must not keep a long one waiting for ever."""
+IDLE_CHUNK = 512
+"""Bars of a chunk where no request is running that it could hold up."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one engine step computes: prefill is (request, bars), decode the requests that advance by one bar."""
+    """What one engine step computes: prefill is (request, rows × bars), decode the requests that advance by one bar."""
 
     prefill: tuple[Request, int] | None
     decode: list[Request]
@@ -29,15 +33,22 @@ class Plan:
 class Scheduler:
     """Queue, admission by cache and rows, and the plan of each step."""
 
-    def __init__(self, config: EngineConfig, arena: Arena, cache_size: Callable[[Request], int]) -> None:
-        """cache_size: elements of the arena that a request needs from admission to its end."""
+    def __init__(
+        self, config: EngineConfig, arena: Arena, cache_size: Callable[[Request], int], prefill_chunk: int
+    ) -> None:
+        """cache_size: elements of the arena that a request needs from admission to its end.
+
+        prefill_chunk: rows × bars that may be computed between two steps of the running requests.
+        """
         self._config = config
+        self._prefill_chunk = prefill_chunk
         self._arena = arena
         self._cache_size = cache_size
         self._queue: deque[Request] = deque()
         self._overtaken: dict[Request, int] = {}
         self._blocks: dict[Request, Block] = {}
-        self._prefilling: dict[Request, int] = {}
+        self._prefilling: dict[Request, int] = {}  # rows × bars that are left to compute
+        self._plans = 0
         self._running: list[Request] = []
         self._submitted = 0
         self._order: dict[Request, int] = {}
@@ -73,9 +84,8 @@ class Scheduler:
         self._submitted += 1
         self._order[request] = self._submitted
 
-    def admit(self) -> list[tuple[Request, Block]]:
+    def admit(self) -> None:
         """Moves requests from the queue to prefilling, as far as rows and cache allow."""
-        admitted = []
         for request in list(self._queue):
             fits_rows = self.running_rows == 0 or self.running_rows + request.rows <= self._config.max_rows
             block = self._arena.allocate(self._cache_size(request)) if fits_rows else None
@@ -87,31 +97,44 @@ class Scheduler:
             self._queue.remove(request)
             self._overtaken.pop(request, None)
             self._blocks[request] = block
-            self._prefilling[request] = 0
+            self._prefilling[request] = request.context_used(self._config.max_context)
             request.state = State.PREFILLING
-            admitted.append((request, block))
-        return admitted
+
+    def block(self, request: Request) -> Block:
+        """Where the cache of an admitted request lies."""
+        return self._blocks[request]
 
     def plan(self) -> Plan:
         """The next step. The shortest remaining prefill goes first: a long history then delays nobody but itself."""
         prefill = None
         if self._prefilling:
-            request = min(self._prefilling, key=lambda r: self._prefill_length(r) - self._prefilling[r])
-            left = self._prefill_length(request) - self._prefilling[request]
-            prefill = (request, min(left, self._config.prefill_chunk))
+            self._plans += 1
+            key = self._order if self._plans % OLDEST_EVERY == 0 else self._prefilling
+            request = min(self._prefilling, key=key.__getitem__)
+            prefill = (request, self._prefill_chunk if self._running else max(self._prefill_chunk, IDLE_CHUNK))
         waiting = {id(request.noise_group) for request in self._prefilling if request.noise_group is not None}
         return Plan(prefill, [request for request in self._running if id(request.noise_group) not in waiting])
 
-    def prefilled(self, request: Request, bars: int) -> bool:
-        """Books a chunk; True if the request is now ready to step."""
-        self._prefilling[request] += bars
-        if self._prefilling[request] < self._prefill_length(request):
-            return False
+    def prefilled(self, request: Request, left: int) -> int:
+        """Books a chunk after which rows × bars are left; with none left the request is ready to step.
+
+        Returns how many the chunk had.
+        """
+        computed = self._prefilling[request] - left
+        self._prefilling[request] = left
+        if left:
+            return computed
         del self._prefilling[request]
         self._running.append(request)
         self._running.sort(key=self._order.__getitem__)
         request.state = State.RUNNING
-        return True
+        return computed
+
+    def refill(self, request: Request, left: int) -> None:
+        """Takes a running request out of the steps until its window, rows × bars, is computed again."""
+        self._running.remove(request)
+        self._prefilling[request] = left
+        request.state = State.PREFILLING
 
     def remove(self, request: Request) -> None:
         """Takes a request out, wherever it is, and frees its cache."""
@@ -129,6 +152,3 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises CacheIntegrityError unless the arena holds exactly the admitted requests' blocks."""
         self._arena.check_integrity(list(self._blocks.values()))
-
-    def _prefill_length(self, request: Request) -> int:
-        return request.context_used(self._config.max_context)

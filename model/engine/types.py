@@ -58,7 +58,11 @@ class EngineConfig:
     max_context: bars that the model sees at once. clip: bound on normalised values.
     precision: fp32 | bf16 | int8. cache_bytes: the arena of keys and values, allocated once.
     max_rows: sample paths that step together. max_queued_work: rows × steps that may wait; more is refused.
-    prefill_chunk: bars of history computed between two steps, so that a long history does not stall the others.
+    prefill_chunk: rows × bars computed between two steps, so that a long history does not stall the others; None: by
+        the model's size.
+    graphs: steps of fixed shapes, captured as CUDA graphs where there is CUDA; None: there only.
+    compile_rows: the steps that torch.compile prepares, by their number of rows; a step of fewer rows is filled up to
+        the next of them. Empty: none. CPU only.
     """
 
     max_context: int = 512
@@ -67,7 +71,9 @@ class EngineConfig:
     cache_bytes: int = 512 * 2**20
     max_rows: int = 64
     max_queued_work: int = 1_000_000
-    prefill_chunk: int = 128
+    prefill_chunk: int | None = None
+    graphs: bool | None = None
+    compile_rows: tuple[int, ...] = ()
 
 
 @dataclass
@@ -75,8 +81,9 @@ class EngineStats:
     """What an engine has done since it was made. Everything only grows.
 
     steps: decode steps, of all running requests together. rows: paths advanced by them, each by one bar, which is two
-    tokens. prefill_bars: bars of history computed. prefill_seconds, decode_seconds: time spent in either; on a GPU,
-    until the work was handed to it. finished, cancelled, failed: requests that ended so.
+    tokens. prefill_bars: rows × bars computed before or between steps: histories, and windows that moved.
+    prefill_seconds, decode_seconds: time spent in either; on a GPU, until the work was handed to it. finished,
+    cancelled, failed: requests that ended so.
     """
 
     steps: int = 0

@@ -6,6 +6,10 @@ import torch
 
 from model import Kronos, KronosPredictor, KronosTokenizer, resolve_device
 from model.device import device_info
+from model.engine.engine import Engine
+from model.engine.types import EngineConfig, Request
+from model.frames import series_from_frame
+from model.types import Sampling
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,3 +48,37 @@ def test_seeded_paths_repeat(golden, window):
     predictor = KronosPredictor(*load_pair(golden), device="cuda")
     first, second = (predictor.forecast(*window, sample_count=4, seed=3).paths for _ in range(2))
     np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_engine_tokens_in_fp32_equal_the_cpus(golden, bars, graphs):
+    """Captured and eager, for requests of several shapes at once; a rounding may move a few tokens, not most."""
+
+    def tokens(device, **config):
+        model, tokenizer = load_pair(golden)
+        engine = Engine(
+            model.to(device).eval(), tokenizer.to(device).eval(), EngineConfig(cache_bytes=2**26, **config), device
+        )
+        requests = [
+            Request(
+                series_from_frame(
+                    bars[start : start + 80], bars.timestamps[start : start + 80], bars.timestamps[start + 80 :][:20]
+                ),
+                Sampling(samples=samples, seed=start, top_p=0.9),
+            )
+            for start, samples in ((0, 1), (100, 5), (200, 3))
+        ]
+        engine.run(requests)
+        engine.check_integrity()
+        assert engine.warnings == ()
+        return np.concatenate([request.tokens.reshape(-1) for request in requests])
+
+    captured = tokens(torch.device("cuda:0"), graphs=graphs)
+    assert (captured == tokens(torch.device("cpu"))).mean() > 0.95
+
+
+def test_captured_steps_in_bf16(golden, window):
+    predictor = KronosPredictor(*load_pair(golden), device="cuda", precision="bf16")
+    paths = predictor.forecast(*window, sample_count=8, seed=3).paths
+    assert predictor.engine.warnings == ()
+    assert np.isfinite(paths).all()

@@ -8,7 +8,7 @@ import torch
 
 import model.device as device_module
 from model import KronosPredictor, resolve_device
-from model.device import check_mps_compatibility, device_info, main
+from model.device import check_mps_compatibility, device_info, main, precision_policy, resolve_precision
 
 
 @pytest.fixture
@@ -137,3 +137,22 @@ def test_command_line(machine, capsys):
     assert "warning: device 'cuda:3'" in capsys.readouterr().out
     assert main(["nonsense"]) == 2
     assert "accepted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_a_precision_that_the_device_lacks_falls_back_and_says_so(monkeypatch, device):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    precision, reason, warning = resolve_precision("bf16", torch.device(device))
+    assert precision == "fp32"
+    assert reason == precision_policy(torch.device(device))[1]
+    assert "'bf16' was requested" in warning
+    assert "using 'fp32'" in warning
+
+
+def test_precisions_that_every_cpu_has():
+    cpu = torch.device("cpu")
+    assert resolve_precision("auto", cpu) == (*precision_policy(cpu), None)
+    assert resolve_precision("int8", cpu) == ("int8", "as requested", None)
+    assert resolve_precision("int8", torch.device("mps"))[0] == "fp32"
+    with pytest.raises(ValueError, match="must be auto, fp32, bf16, int8, not 'fp8'"):
+        resolve_precision("fp8", cpu)

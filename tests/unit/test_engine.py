@@ -1,6 +1,8 @@
 """The engine against the plain loop, and against itself: alone or in company, early or late, whole or streamed."""
 
+import shutil
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,8 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.device import precision_obstacle
+from model.engine import graphs
 from model.engine.engine import Engine
 from model.engine.kv_cache import Arena, CacheIntegrityError
+from model.engine.packing import Int8Linear
 from model.engine.types import EngineConfig, Request, State, WindowPolicy
 from model.errors import QueueFullError, RequestTooLargeError
 from model.frames import normalise, series_from_frame
@@ -82,6 +87,86 @@ def test_any_company_gives_the_plain_loops_tokens(tiny, series_of, shapes, max_c
         assert request.state is State.FINISHED
         np.testing.assert_array_equal(request.tokens, tokens)
         np.testing.assert_allclose(candles(request), values, rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=15, deadline=None)
+@given(shapes=requests_of_any_shape, max_context=st.sampled_from([24, 64, 512]), max_rows=st.sampled_from([4, 64]))
+def test_steps_of_fixed_shapes_give_the_plain_loops_tokens(tiny, series_of, shapes, max_context, max_rows):
+    """What CUDA captures, run uncaptured: gathered attention, rows that only fill up, the sampler that sorts."""
+    running = engine(tiny, max_context=max_context, max_rows=max_rows, graphs=True)
+    requests = [Request(series_of(*shape), sampling) for *shape, sampling in shapes]
+    running.run(requests)
+    running.check_integrity()
+    for request in requests:
+        assert request.state is State.FINISHED
+        np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, max_context)[0])
+
+
+def test_fixed_shapes_never_read_memory_that_nobody_wrote(tiny, series_of):
+    running = engine(tiny, graphs=True)
+    running._runner._memory.fill_(torch.nan)
+    request = Request(series_of(0, 20, 30), Sampling(samples=3, seed=1))
+    running.run([request])
+    np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 512)[0])
+
+
+def test_more_rows_than_the_largest_bucket(tiny, series_of, monkeypatch):
+    monkeypatch.setattr(graphs, "ROW_BUCKETS", (1, 2))
+    request = Request(series_of(0, 20, 6), Sampling(samples=3, seed=1))
+    engine(tiny, graphs=True).run([request])
+    np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 512)[0])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_steps_give_the_plain_loops_tokens(tiny, series_of):
+    running = engine(tiny, compile_rows=(4,))
+    assert running.warnings == ()
+    calls = []
+    running._runner._compiled._steps[4] = partial(_counted, calls, running._runner._compiled._steps[4])
+    shapes = [((0, 90, 30), 3), ((200, 20, 12), 1), ((400, 60, 20), 4)]
+    requests = [Request(series_of(*shape), Sampling(samples=s, seed=s)) for shape, s in shapes]
+    running.run(requests)
+    assert calls
+    for request in requests:
+        np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 512)[0])
+
+
+def _counted(calls, step, *arguments):
+    calls.append(1)
+    return step(*arguments)
+
+
+@pytest.mark.parametrize("cause", ["no compiler", "int8"])
+def test_without_a_compiler_steps_run_eagerly_and_say_so(tiny, series_of, monkeypatch, caplog, cause):
+    def broken(*arguments, **options):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    running = engine(tiny, compile_rows=(1,), precision="int8" if cause == "int8" else "fp32")
+    [warning] = running.warnings
+    assert "torch.compile is off" in warning
+    assert warning in caplog.text
+    request = Request(series_of(0, 20, 6), Sampling(seed=1))
+    running.run([request])
+    assert request.state is State.FINISHED
+
+
+def test_int8_rows_do_not_feel_their_neighbours(tiny, series_of):
+    alone, company = (engine(tiny, precision="int8") for _ in range(2))
+    request, same = (Request(series_of(0, 60, 30), Sampling(samples=2, seed=1)) for _ in range(2))
+    alone.run([request])
+    company.run([same, Request(series_of(300, 60, 40), Sampling(samples=3, seed=2, temperature=1.4))])
+    np.testing.assert_array_equal(same.tokens, request.tokens)
+
+
+def test_a_row_of_int8_is_computed_by_itself():
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(32, 24), torch.randn(6, 1, 32) * torch.tensor([1e-3, 1, 10, 1e4, 0, 1]).view(6, 1, 1)
+    quantised = Int8Linear(linear)
+    whole = quantised(x)
+    assert torch.equal(whole, torch.cat([quantised(row[None]) for row in x]))
+    error = (whole - linear(x)).abs().amax(-1)
+    assert (error <= 0.06 * x.abs().amax(-1) + 1e-6).all()
 
 
 @pytest.mark.parametrize("max_context", [512, 40])
@@ -265,6 +350,11 @@ def test_reduced_precision_mostly_agrees(tiny, series_of, precision, agreement):
     """First greedy tokens of many windows: later ones follow from the first that differs."""
     shapes = [(start, 60, 1) for start in range(0, 1600, 25)]
     exact, reduced = ([Request(series_of(*s), Sampling(temperature=0, seed=0)) for s in shapes] for _ in range(2))
+    obstacle = precision_obstacle(precision, CPU)
+    if obstacle is not None:
+        with pytest.raises(ValueError, match="bfloat16"):
+            engine(tiny, precision=precision)
+        pytest.skip(obstacle)
     engine(tiny).run(exact)
     engine(tiny, precision=precision).run(reduced)
     same = np.mean([np.array_equal(a.tokens, b.tokens) for a, b in zip(exact, reduced, strict=True)])

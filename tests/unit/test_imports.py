@@ -78,6 +78,8 @@ def reached(module, packages=PACKAGES):
         ("serve_app.config", {"ray", "torch", "pandas", "fastapi"}),
         ("serve_app.app", {"torch"}),
         ("cluster.plan", {"ray", "torch"}),
+        ("model.engine.scheduler", {"torch", "pandas"}),
+        ("model.engine.types", {"torch", "pandas"}),
     ],
 )
 def test_what_importing_a_module_brings_along(module, forbidden):

@@ -1,11 +1,14 @@
 """The exponential race and its noise: equal to torch.multinomial, exact filters, seeded draws that stand alone."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.engine.sampler import RowSettings, sample_rows, sample_sorted
 from model.errors import InputError
 from model.sampler import check_sampling, filtered, global_noise, philox, sample, seeded_noise, split_seed
 from model.types import Sampling
@@ -104,6 +107,34 @@ def test_top_k_keeps_ties_and_ignores_top_p():
     assert filtered(logits, 2, 0.01).isfinite()[0].tolist() == [True, False, True, True, False]
     assert filtered(logits, 99, 0.01).isfinite().all()
     assert filtered(logits, 1, 1.0).isfinite().sum() == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    sampling=st.lists(
+        st.builds(
+            Sampling,
+            temperature=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+            top_k=st.sampled_from([0, 0, 1, 3, 200]),
+            top_p=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+            samples=st.integers(1, 3),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+)
+def test_the_samplers_of_a_batch_give_each_request_its_own_tokens(seed, sampling):
+    """Both of the engine's, with and without a sort, against the published one row by row."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = sum(one.samples for one in sampling)
+    logits = torch.randn(rows, 61, generator=generator) * 3
+    noise = torch.empty(rows, 61).exponential_(generator=generator)
+    parts = zip(sampling, *(t.split([one.samples for one in sampling]) for t in (logits, noise)), strict=True)
+    expected = torch.cat([sample(some, one, lambda *_, e=e: e, 0, 0) for one, some, e in parts])
+    rows_of = RowSettings.of([SimpleNamespace(sampling=one, rows=one.samples) for one in sampling], CPU)
+    assert torch.equal(sample_rows(logits, rows_of, noise), expected)
+    assert torch.equal(sample_sorted(logits, rows_of, noise), expected)
 
 
 @pytest.mark.parametrize(
