@@ -91,6 +91,40 @@ def precision_policy(device: torch.device) -> tuple[str, str]:
     return "fp32", "on the CPU fp32 is exact: it equals the published implementation"
 
 
+def resolve_precision(requested: str, device: torch.device) -> tuple[str, str, str | None]:
+    """(precision, the reason, a warning if it is not the one that was asked for).
+
+    requested: auto, fp32, bf16 or int8. What the device cannot do falls back to precision_policy, and that is logged.
+    Raises ValueError for anything else.
+    """
+    if requested not in ("auto", "fp32", "bf16", "int8"):
+        raise ValueError(f"unknown precision {requested[:64]!r}; accepted: auto, fp32, bf16, int8")
+    policy, reason = precision_policy(device)
+    if requested == "auto":
+        return policy, reason, None
+    obstacle = _precision_obstacle(requested, device, policy)
+    if obstacle is None:
+        return requested, "requested in the configuration", None
+    warning = f"precision {requested!r} was requested but {obstacle}; using {policy!r}"
+    _log_once(warning)
+    return policy, f"{reason}; {warning}", warning
+
+
+def _precision_obstacle(requested: str, device: torch.device, policy: str) -> str | None:
+    """Why the device cannot compute at a precision; None if it can."""
+    if requested == "fp32":
+        return None
+    if device.type == "cpu":
+        if not torch.backends.mkldnn.is_available():
+            return f"{requested} on the CPU needs oneDNN"
+        if requested == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "this CPU has no instructions for bf16"
+        return None
+    if requested == "int8":
+        return "int8 runs on the CPU only"
+    return None if policy == "bf16" else f"bf16 is not available on {device.type} here"
+
+
 @dataclass(frozen=True)
 class DeviceInfo:
     """What a replica shows of the device it runs on."""

@@ -10,9 +10,11 @@ from typing import Any
 import psutil
 
 from serve_app import schemas
+from serve_app.catalog import Catalog
 from serve_app.config import AppConfig
 from serve_app.jobs import Backend, ReplicaView
 
+_STARTED = time.monotonic()
 _STATES = ("loaded", "loading", "failed", "idle")
 """Of a model over all replicas: the first that any replica reports."""
 
@@ -42,6 +44,7 @@ def public_settings(config: AppConfig) -> dict[str, Any]:
     for alias, model in config.models.items():
         settings["models"][alias]["source"] = model.repo
         settings["models"][alias]["tokenizer"] = model.tokenizer_repo
+    settings["models_root"] = None if config.models_root is None else "local"
     return settings
 
 
@@ -52,7 +55,7 @@ class Status:
         self.backend = backend
         self.config = config
         self.warnings = tuple(warnings)
-        self.started = time.monotonic()
+        self.catalog = Catalog(config)
 
     def _ordered(self) -> list[ReplicaView]:
         order = {name: i for i, name in enumerate(self.backend.groups())}
@@ -61,7 +64,8 @@ class Status:
     def readiness(self) -> tuple[dict[str, Any], bool]:
         views = self._ordered()
         states = {alias: _state(views, alias) for alias in self.config.always_on}
-        ready = all(state == "loaded" for state in states.values())
+        # A service that sleeps because nobody asks is ready: the next request wakes it.
+        ready = all(state == "loaded" for state in states.values()) or (self.config.may_sleep and not views)
         first = views[0].device if views else None
         body = {
             "status": "ok" if ready else "loading",
@@ -83,7 +87,7 @@ class Status:
         return {
             "status": "healthy" if loaded and memory_ok and disk_ok else "degraded",
             "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-            "uptime_seconds": round(time.monotonic() - self.started, 1),
+            "uptime_seconds": round(time.monotonic() - _STARTED, 1),
             "checks": {
                 "model": {"status": _word(loaded), "loaded": loaded, "version": facts.get("model_version")},
                 "memory": {
@@ -116,14 +120,16 @@ class Status:
 
     def models(self) -> list[dict[str, Any]]:
         views = self._ordered()
-        answer = []
-        for alias, settings in self.config.models.items():
+        answer, always_on = [], self.config.always_on
+        for alias, spec in self.catalog.all().items():
+            settings = spec.settings
             loaded = [view for view in views if _state([view], alias) == "loaded"]
             facts: Mapping[str, Any] = loaded[0].models[alias] if loaded else {}
             failed = next(
                 (view.models[alias].get("error") for view in views if _state([view], alias) == "failed"), None
             )
             state = _state(views, alias)
+            pending = next((p for view in loaded if (p := view.models[alias].get("pending"))), None)
             answer.append(
                 {
                     "id": alias,
@@ -136,8 +142,9 @@ class Status:
                     "replicas": len(loaded),
                     "state": state,
                     "default": alias == self.config.default_model,
-                    "always_on": self.config.is_always_on(alias),
-                    "error": failed if state == "failed" else None,
+                    "always_on": alias in always_on,
+                    "pending": pending,
+                    "error": failed if state == "failed" else pending and pending["error"],
                 }
             )
         return answer
@@ -146,7 +153,7 @@ class Status:
         return [self._replica(view) for view in self._ordered()]
 
     def _replica(self, view: ReplicaView) -> dict[str, Any]:
-        loaded = [alias for alias in self.config.models if _state([view], alias) == "loaded"]
+        loaded = [alias for alias, facts in view.models.items() if facts["state"] == "loaded"]
         loaded.sort(key=lambda alias: alias != self.config.default_model)
         warming = any(_state([view], alias) != "loaded" for alias in self.config.always_on)
         return {
@@ -164,6 +171,7 @@ class Status:
             "state": "loading" if warming else "running",
             "queued": view.queued,
             "running_rows": view.running_rows,
+            "outstanding_work": view.work,
             "cache_slots_used": view.cache_slots_used,
             "cache_slots_free": view.cache_slots_free,
         }

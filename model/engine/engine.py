@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,6 +39,8 @@ class Engine:
         self._books = threading.RLock()
         self._turn = threading.Condition()
         self._driving = False
+        self._live = 0
+        self._progressed_at = time.monotonic()
 
     def run(self, requests: Sequence[Request]) -> None:
         """Submits requests and returns once all have ended; each one's state says how.
@@ -65,6 +68,9 @@ class Engine:
                 for request in taken:
                     self._scheduler.remove(request)
                 raise
+            if not self._live:
+                self._progressed_at = time.monotonic()
+            self._live += len(taken)
 
     def wait(self, requests: Sequence[Request]) -> None:
         """Drives the engine, or lets another thread drive it, until all of the requests have ended."""
@@ -76,7 +82,9 @@ class Engine:
                 self._driving = True
             try:
                 while not all(request.state.ended for request in requests):
-                    if self.step():
+                    ended = self.step()
+                    self._progressed_at = time.monotonic()
+                    if ended:
                         with self._turn:
                             self._turn.notify_all()
             finally:
@@ -174,6 +182,7 @@ class Engine:
         with self._books:
             self._scheduler.remove(request)
             self._lanes.pop(request, None)
+            self._live -= 1
         request.state = state
         return True
 
@@ -181,6 +190,10 @@ class Engine:
         """(used, free) slots of the cache; a slot holds one bar of one path, or one bar of a shared history."""
         with self._books:
             return self._arena.used // self._runner.slot_size, self._arena.free // self._runner.slot_size
+
+    def stalled_s(self) -> float:
+        """Seconds since the last step ended, or work came; 0 without work. Takes no lock: a hang may hold one."""
+        return time.monotonic() - self._progressed_at if self._live else 0.0
 
     def queued_work(self) -> int:
         """Rows × steps that wait."""

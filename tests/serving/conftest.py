@@ -65,8 +65,7 @@ def ray_serve(free_port):
 def applications(ray_serve, golden):
     """Both applications, started together: {"real": URL, "slow": URL}.
 
-    "real" is planned from what the cluster says of itself, which claims a GPU that no CUDA device stands behind; "slow"
-    as on a cluster without one.
+    "real" has a replica on the cluster's GPU, which no CUDA device stands behind; "slow" finds too few GPUs.
     """
     from serve_app.app import assemble, build_app
     from serve_app.config import AppConfig
@@ -82,7 +81,8 @@ def applications(ray_serve, golden):
         hybrid=True,
         groups={"gpu": {"num_gpus": 0.5, "num_cpus": 0.5}, "cpu": {"num_cpus": 0.5}},
     )
-    slow = AppConfig(groups={"cpu": {"replicas": 2, "num_cpus": 0.5, "workers": 4}})
+    # Four GPUs a replica are more than the cluster has.
+    slow = AppConfig(groups={"gpu": {"num_gpus": 4}, "cpu": {"replicas": 2, "num_cpus": 0.5, "workers": 4}})
     serve, url = ray_serve
     serve.run_many(
         [

@@ -66,7 +66,7 @@ def candle_body():
     return make
 
 
-NO_GPU = "the cluster has no GPU: forecasts run on the CPU"
+NO_GPU = "the cluster has 1 GPU(s), fewer than the 4 that one replica asks for: forecasts run on the CPU"
 
 
 def test_a_cluster_without_a_gpu_says_so_everywhere(slow, request_body):
