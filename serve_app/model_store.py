@@ -22,6 +22,8 @@ from serve_app.load_errors import MemoryFullError, ModelUnavailableError, Unknow
 from serve_app.logs import log
 
 RETRY_LOADING_S = 5.0
+UNLISTED_S = 10.0
+"""How long a model stays that is not served any more: jobs for it may be on their way."""
 ValueT = TypeVar("ValueT")
 
 
@@ -126,12 +128,15 @@ class ModelStore:
     def refresh(self) -> None:
         """Starts what has to be loaded: always-on models that are missing, loaded ones that mean something else now.
 
-        Lets go of idle models that are not served any more. Called every second.
+        Lets go of models that are not served any more, once all always-on ones are there: until then the ingress may
+        go on asking for what it knows. Called every second.
         """
+        settled = all(alias in self._loaded for alias in self.pinned)
         for alias in {*self.pinned, *self._loaded}:
             spec, loaded = self.find(alias), self._loaded.get(alias)
             if spec is None:
-                if loaded is not None and not loaded.users:
+                idle = loaded is not None and not loaded.users and self._clock() - loaded.last_used > UNLISTED_S
+                if loaded is not None and idle and settled:
                     self._evict(loaded)
             elif (loaded is None or loaded.spec != spec) and self._recent_failure(alias, spec) is None:
                 self._start_loading(alias, spec)

@@ -68,8 +68,8 @@ class GroupScaling:
 
     def _over(self, since: float) -> list[int]:
         """What was asked for from a moment on, with what held at that moment."""
-        before = [replicas for at, replicas in self._history if at < since]
-        return before[-1:] + [replicas for at, replicas in self._history if at >= since]
+        before = [replicas for at, replicas in self._history if at <= since]
+        return before[-1:] + [replicas for at, replicas in self._history if at > since]
 
     def _gpu_slots(self) -> int:
         if self._clock() - self._slots_at >= REFRESH_S:
