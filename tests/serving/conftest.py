@@ -82,7 +82,8 @@ def applications(ray_serve, golden):
         groups={"gpu": {"num_gpus": 0.5, "num_cpus": 0.5}, "cpu": {"num_cpus": 0.5}},
     )
     # Four GPUs a replica are more than the cluster has.
-    slow = AppConfig(groups={"gpu": {"num_gpus": 4}, "cpu": {"replicas": 2, "num_cpus": 0.5, "workers": 4}})
+    cpu = {"replicas": 2, "num_cpus": 0.5, "workers": 4, "hang_timeout_s": 3}
+    slow = AppConfig(groups={"gpu": {"num_gpus": 4}, "cpu": cpu})
     serve, url = ray_serve
     serve.run_many(
         [
