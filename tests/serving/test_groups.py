@@ -93,7 +93,7 @@ def test_a_stream_survives_the_kill_of_its_replica(backend, wait):
 
 
 def test_a_hung_engine_is_replaced_and_a_busy_one_is_not(slow, request_body, wait):
-    """The hung job's retry hangs the other replica too, so both are replaced; the busy ones before it are left alone."""
+    """The hung job's retry hangs the other replica too, so both are replaced; the busy ones before are left alone."""
 
     def pids():
         return {replica["pid"] for replica in slow.get("/v1/replicas").json()["replicas"]}
