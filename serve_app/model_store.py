@@ -138,7 +138,10 @@ class ModelStore:
                 idle = loaded is not None and not loaded.users and self._clock() - loaded.last_used > UNLISTED_S
                 if loaded is not None and idle and settled:
                     self._evict(loaded)
-            elif (loaded is None or loaded.spec != spec) and self._recent_failure(alias, spec) is None:
+            elif loaded is not None and loaded.spec == spec:
+                # What failed to replace it is not wanted any more.
+                self._failures.pop(alias, None)
+            elif self._recent_failure(alias, spec) is None:
                 self._start_loading(alias, spec)
 
     @property
@@ -178,6 +181,8 @@ class ModelStore:
             raise ModelUnavailableError(self._fail(alias, spec, error), self.retry_s) from None
         finally:
             self._loading.pop(alias, None)
+        if alias in self._loaded and self.find(alias) != spec:
+            return self._loaded[alias]  # wanted no more: what serves now goes on
         return self._add(alias, spec, engine, candidate.size)
 
     async def _in_thread(self, work: Callable[[], ValueT]) -> ValueT:

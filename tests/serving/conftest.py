@@ -1,8 +1,12 @@
 """One Ray cluster per session, with two applications: a tiny checkpoint, and a slow engine to break things under."""
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 # Before Ray is imported: with its token it would write into the home directory.
@@ -37,6 +41,41 @@ def free_port():
             return probe.getsockname()[1]
 
     return find
+
+
+@pytest.fixture(scope="session")
+def serve_run():
+    """(configuration file, port, variables, log) → context: (process of `serve run`, once it is ready)."""
+
+    @contextmanager
+    def start(path, port, variables, log):
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "serve"), "run", str(path)],
+            cwd=ROOT,
+            env={**os.environ, **variables},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # A parent that runs in the background ignores Ctrl-C, and the child would inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+        def ready():
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                return httpx.get(f"http://127.0.0.1:{port}/v1/readyz").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        try:
+            wait_until(ready, 120, 0.25)
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGINT)
+                process.wait(60)
+
+    return start
 
 
 @pytest.fixture(scope="session")

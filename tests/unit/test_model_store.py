@@ -221,11 +221,32 @@ def test_a_bad_version_leaves_the_old_one_serving_and_says_why():
         assert "head is missing" in state["pending"]["error"]
         assert await world.use("a") == "a@v1"
         assert world.loads == [("a", "v1"), ("a", "v2")]
+        world.models["a"] = "v1"
+        world.store.refresh()
+        assert world.store.states()["a"]["pending"] is None
         world.models["a"] = "v3"
         await world.settle("a", "v3")
 
     asyncio.run(go())
     assert world.store.states()["a"]["pending"] is None
+
+
+def test_a_version_that_is_not_wanted_any_more_when_it_is_loaded_is_let_go():
+    world = World("a")
+
+    async def go():
+        await world.use("a")
+        world.gate.clear()
+        world.models["a"] = "v2"
+        world.store.refresh()
+        await asyncio.sleep(0.02)
+        world.models["a"] = "v1"
+        world.gate.set()
+        await asyncio.sleep(0.05)
+        assert await world.use("a") == "a@v1"
+
+    asyncio.run(go())
+    assert len(world.store.engines) == 1
 
 
 def test_always_on_models_that_are_missing_are_loaded_and_tried_again():
