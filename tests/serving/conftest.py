@@ -122,7 +122,11 @@ def applications(ray_serve, golden):
     )
     # Four GPUs a replica are more than the cluster has.
     cpu = {"replicas": 2, "num_cpus": 0.5, "workers": 4, "hang_timeout_s": 3}
-    slow = AppConfig(groups={"gpu": {"num_gpus": 4}, "cpu": cpu})
+    # Room for three models, and for 3,000 rows × steps.
+    cpu |= {"model_memory_gb": 3, "max_outstanding_work": 1500}
+    models = {name: {"source": "bundled"} for name in ("kronos-bundled", "b", "c", "d")}
+    models["bad"] = {"source": "org/repo", "tokenizer": "org/repo", "revision": "bad"}
+    slow = AppConfig(models=models, groups={"gpu": {"num_gpus": 4}, "cpu": cpu})
     serve, url = ray_serve
     serve.run_many(
         [

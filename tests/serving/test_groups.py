@@ -92,6 +92,49 @@ def test_a_stream_survives_the_kill_of_its_replica(backend, wait):
     wait(lambda: len(backend.replicas()) == 2 and killed not in {v.replica_id for v in backend.replicas()}, 40)
 
 
+def test_overload_is_refused_at_once_and_what_was_taken_is_answered(slow, request_body, wait):
+    answers = []
+    large = request_body(16, 100, samples=30)
+    thread = threading.Thread(target=lambda: answers.append(slow.post("/v1/forecast", json=large)))
+    thread.start()
+    wait(lambda: any(one["outstanding_work"] for one in slow.get("/v1/replicas").json()["replicas"]), 5)
+    times = []
+    for _ in range(10):
+        started = time.monotonic()
+        response = slow.post("/v1/forecast", json=large)
+        times.append(time.monotonic() - started)
+        assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
+        assert 1 <= int(response.headers["retry-after"]) <= 30
+    thread.join()
+    assert answers[0].status_code == 200
+    print(f"refused after {1000 * sorted(times)[5]:.0f} ms, median of 10")
+    wait(lambda: slow.post("/v1/forecast", json=large).status_code == 200, 30)
+
+
+def test_idle_models_make_room_and_bad_ones_do_not(slow, request_body, wait):
+    """A replica has room for the always-on model and two others."""
+
+    def loaded():
+        found = [set(one["models"]) for one in slow.get("/v1/replicas").json()["replicas"]]
+        assert all(len(models) <= 3 and "kronos-bundled" in models for models in found)
+        return found
+
+    for model in "bcdbcd":
+        for _ in range(4):
+            response = slow.post("/v1/forecast", json=request_body(16, 1, model=model))
+            assert (response.status_code, response.json()["model"]["id"]) == (200, model)
+    wait(lambda: all(len(models) == 3 for models in loaded()), 5)
+    before = loaded()
+    for model, code in (("bad", 503), ("unknown", 404)):
+        assert slow.post("/v1/forecast", json=request_body(16, 1, model=model)).status_code == code
+    time.sleep(1.5)  # until the replicas have reported again
+    assert loaded() == before
+    (bad,) = (one for one in slow.get("/v1/models").json()["models"] if one["id"] == "bad")
+    assert bad["state"] == "failed"
+    assert bad["error"].endswith("model.safetensors: head.weight is missing")
+    assert "secret" not in bad["error"]
+
+
 def test_a_hung_engine_is_replaced_and_a_busy_one_is_not(slow, request_body, wait):
     """The hung job's retry hangs the other replica too, so both are replaced; the busy ones before are left alone."""
 
