@@ -154,8 +154,10 @@ class GpuGroupConfig(GroupConfig):
     mode: "auto" has at every moment as many replicas as the cluster's GPUs hold, up to `replicas` or max_replicas;
         "fixed" always asks Ray for them (so that a node autoscaler sees the demand), "off" never.
     num_gpus: GPUs per replica; a fraction shares one.
+    num_cpus: so few by default that both groups fit on a host with two CPUs.
     """
 
+    num_cpus: float = Field(default=0.5, gt=0)
     mode: Literal["auto", "fixed", "off"] = "auto"
     num_gpus: float = Field(default=1.0, gt=0)
 

@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -67,6 +68,8 @@ class ModelStore:
         self._budget = budget
         self._clock = clock
         self._loaded: dict[str, _Loaded] = {}
+        self._asked: Counter[str] = Counter()
+        """Jobs that wait for a model: between its loading and their lease it must not be evicted for another."""
         self._outgoing: set[_Loaded] = set()
         """Replaced or evicted, but still leased."""
         self._reserved = 0
@@ -83,11 +86,15 @@ class ModelStore:
         Raises UnknownModelError, or ModelUnavailableError: at once if it failed a short time ago, after wait_s if it is
         still being loaded; loading goes on for those who come later.
         """
+        self._asked[alias] += 1
         try:
             loaded = await asyncio.wait_for(self._get(alias), wait_s)
+            loaded.users += 1
         except TimeoutError:
             raise ModelUnavailableError(f"model {alias!r} is being loaded; try again soon", RETRY_LOADING_S) from None
-        loaded.users += 1
+        finally:
+            self._asked[alias] -= 1
+            self._released.set()
         if self._loaded.get(alias) is not loaded:
             self._outgoing.add(loaded)
         try:
@@ -236,7 +243,7 @@ class ModelStore:
             idle = [
                 loaded
                 for loaded in self._loaded.values()
-                if not loaded.users and loaded.alias not in self.pinned and loaded.alias != alias
+                if not loaded.users and not self._asked[loaded.alias] and loaded.alias not in {*self.pinned, alias}
             ]
             if idle:
                 self._evict(min(idle, key=lambda loaded: loaded.last_used))

@@ -54,7 +54,7 @@ class World:
 
         return Candidate(self.sizes.get(alias, 1), make, rehearse)
 
-    async def use(self, alias, wait_s=2.0):
+    async def use(self, alias, wait_s=60.0):
         """Version and time of the forecast of a job that ends at once."""
         self.now += 1
         async with self.store.lease(alias, wait_s) as engine:
@@ -62,7 +62,7 @@ class World:
 
     async def settle(self, revision_of, expected):
         self.store.refresh()
-        for _ in range(200):
+        for _ in range(2000):
             if self.store.states().get(revision_of, {}).get("revision") == expected:
                 return
             await asyncio.sleep(0.005)
@@ -291,7 +291,7 @@ def test_many_jobs_over_few_places():
 
     async def job(alias, hold_s):
         nonlocal most
-        async with world.store.lease(alias, 10.0) as engine:
+        async with world.store.lease(alias, 60.0) as engine:
             most = max(most, len(world.store.engines))
             await asyncio.sleep(hold_s)
             assert engine.identity.id == alias
@@ -301,8 +301,8 @@ def test_many_jobs_over_few_places():
 
     started = time.monotonic()
     asyncio.run(go())
-    assert most <= 4  # three, and one that was evicted between its loading and its first lease
-    assert time.monotonic() - started < 30
+    assert most == 3
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize(
