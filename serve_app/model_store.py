@@ -7,7 +7,6 @@ new version is loaded and verified; a failure leaves everything as it was and is
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import time
 from collections import Counter
@@ -262,8 +261,6 @@ class ModelStore:
             sha256=loaded.engine.identity.sha256,
             leased=loaded.users,
         )
-        # What refers to itself would keep its memory until the next collection.
-        self._loader.submit(gc.collect)
 
     # --- what is told -------------------------------------------------------------------------------------------------
 
