@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 ACCEPTED = "auto, cpu, cuda, cuda:N (N = 0, 1, …), mps"
+PRECISIONS = ("fp32", "bf16", "int8")
 
 logger = logging.getLogger(__name__)
 
@@ -94,35 +95,35 @@ def precision_policy(device: torch.device) -> tuple[str, str]:
 def resolve_precision(requested: str, device: torch.device) -> tuple[str, str, str | None]:
     """(precision, the reason, a warning if it is not the one that was asked for).
 
-    requested: auto, fp32, bf16 or int8. What the device cannot do falls back to precision_policy, and that is logged.
-    Raises ValueError for anything else.
+    requested: auto, which is precision_policy's choice, fp32, bf16 or int8. What the device cannot compute falls back
+    to that choice; the warning is logged once per process. Raises ValueError for anything else.
     """
-    if requested not in ("auto", "fp32", "bf16", "int8"):
-        raise ValueError(f"unknown precision {requested[:64]!r}; accepted: auto, fp32, bf16, int8")
+    if requested != "auto" and requested not in PRECISIONS:
+        raise ValueError(f"precision must be auto, {', '.join(PRECISIONS)}, not {str(requested)[:64]!r}")
     policy, reason = precision_policy(device)
-    if requested == "auto":
+    if requested in ("auto", policy):
         return policy, reason, None
-    obstacle = _precision_obstacle(requested, device, policy)
+    obstacle = precision_obstacle(requested, device)
     if obstacle is None:
-        return requested, "requested in the configuration", None
+        return requested, "as requested", None
     warning = f"precision {requested!r} was requested but {obstacle}; using {policy!r}"
     _log_once(warning)
-    return policy, f"{reason}; {warning}", warning
+    return policy, reason, warning
 
 
-def _precision_obstacle(requested: str, device: torch.device, policy: str) -> str | None:
-    """Why the device cannot compute at a precision; None if it can."""
-    if requested == "fp32":
+def precision_obstacle(precision: str, device: torch.device) -> str | None:
+    """Why the device cannot compute at that precision; None if it can."""
+    if precision == "fp32":
         return None
-    if device.type == "cpu":
-        if not torch.backends.mkldnn.is_available():
-            return f"{requested} on the CPU needs oneDNN"
-        if requested == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return "this CPU has no instructions for bf16"
-        return None
-    if requested == "int8":
-        return "int8 runs on the CPU only"
-    return None if policy == "bf16" else f"bf16 is not available on {device.type} here"
+    if precision == "int8":
+        return None if device.type == "cpu" else f"int8 runs on the CPU only, not on {device}"
+    if device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        return None if supported else "this CUDA device has no bfloat16 arithmetic"
+    if device.type == "mps":
+        return "bfloat16 is incomplete on MPS"
+    supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return None if supported else "this CPU has no instructions for bfloat16 (on x86: AVX-512)"
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def device_facts(device: Any, precision: str, warning: str | None) -> DeviceFact
         device_type=info.device_type,
         device_name=info.device_name,
         precision=used,
-        precision_reason=reason,
+        precision_reason=reason if fallback is None else f"{reason}; {fallback}",
         gpu_available=info.gpu_available,
         cuda_available=info.cuda_available,
         mps_available=info.mps_available,
