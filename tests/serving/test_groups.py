@@ -192,23 +192,24 @@ def replicas(client):
 
 
 def test_a_group_sleeps_and_the_next_request_wakes_it(sleepy, request_body, wait):
-    wait(lambda: not replicas(sleepy), 10)
+    wait(lambda: not replicas(sleepy), 60)
     assert sleepy.get("/v1/readyz").status_code == 200
     started = time.monotonic()
     assert sleepy.post("/v1/forecast", json=request_body(16, 1)).status_code == 200
     took = time.monotonic() - started
     print(f"the first answer from zero took {took:.1f} s")
     assert len(replicas(sleepy)) == 1
-    wait(lambda: not replicas(sleepy), 20)
+    wait(lambda: not replicas(sleepy), 60)
 
 
 def test_work_brings_replicas_and_its_absence_takes_them(sleepy, request_body, wait):
     with httpx.Client(base_url=sleepy.base_url, timeout=60) as client:
-        body = request_body(16, 100, samples=5)
+        # 25 s of work, so that the second replica comes while there is some.
+        body = request_body(16, 500, samples=2)
         threads = [threading.Thread(target=lambda: client.post("/v1/forecast", json=body)) for _ in range(2)]
         for thread in threads:
             thread.start()
-        wait(lambda: len(replicas(sleepy)) == 2, 20)
+        wait(lambda: len(replicas(sleepy)) == 2, 60)
         for thread in threads:
             thread.join()
-    wait(lambda: not replicas(sleepy), 20)
+    wait(lambda: not replicas(sleepy), 60)
