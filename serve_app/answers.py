@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from model.types import COLUMNS, Window
-from serve_app.jobs import Answered, Done
+from serve_app.jobs import Answered, Bars, Done
 from serve_app.prepare import Prepared
 from serve_app.schemas import ForecastRequest, json_safe_level
 
@@ -82,16 +82,11 @@ def forecast_json(
 
 def _series_json(request: ForecastRequest, item: Prepared, values: np.ndarray, window: Window) -> dict[str, Any]:
     sampling = item.task.sampling
-    levels = np.quantile(values, request.quantiles, axis=0)
     decimals = shown_decimals(values)
     answer: dict[str, Any] = {
         "id": item.id,
         "timestamps": list(item.future),
-        "mean": columns_json(values.mean(axis=0), decimals),
-        "quantiles": {
-            json_safe_level(level): columns_json(table, decimals)
-            for level, table in zip(request.quantiles, levels, strict=True)
-        },
+        **_tables_json(request.quantiles, values, decimals),
     }
     if request.return_paths:
         answer["paths"] = [columns_json(path, decimals) for path in values]
@@ -106,6 +101,32 @@ def _series_json(request: ForecastRequest, item: Prepared, values: np.ndarray, w
         "seed": sampling.seed,
     }
     return answer
+
+
+def bars_json(request: ForecastRequest, items: Sequence[Prepared], bars: Bars) -> dict[str, Any]:
+    """An event of a stream: what the answer will say of these bars, but for the ninth digit.
+
+    How many decimals the answer shows depends on all its bars. final: they will not change.
+    """
+    item, values = items[bars.task], bars.values
+    if request.repair == "ohlc":
+        values, _ = repair_candles(values)
+    return {
+        "id": item.id,
+        "series": bars.task,
+        "first": bars.first,
+        "timestamps": list(item.future[bars.first : bars.first + values.shape[1]]),
+        **_tables_json(request.quantiles, values, shown_decimals(values)),
+        "final": True,
+    }
+
+
+def _tables_json(levels: Sequence[float], values: np.ndarray, decimals: Sequence[int]) -> dict[str, Any]:
+    tables = zip(levels, np.quantile(values, levels, axis=0), strict=True)
+    return {
+        "mean": columns_json(values.mean(axis=0), decimals),
+        "quantiles": {json_safe_level(level): columns_json(table, decimals) for level, table in tables},
+    }
 
 
 def shown_decimals(values: np.ndarray) -> list[int]:

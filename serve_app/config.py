@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from model.engine.types import WindowPolicy
+
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,4})?")
 BUNDLED_ALIAS = "kronos-bundled"
@@ -55,6 +57,10 @@ def _check_device(device: str) -> str:
 
 
 Device = Annotated[str, AfterValidator(_check_device)]
+
+
+def _check_window(policy: str) -> str:
+    return str(WindowPolicy.parse(policy))
 
 
 class ModelConfig(Strict):
@@ -166,13 +172,24 @@ class Limits(Strict):
     max_samples: int = Field(default=512, ge=1)
     max_quantiles: int = Field(default=32, ge=1)
     max_cost: int = Field(default=262_144, ge=1, description="samples × horizon, summed over the series")
+    max_concurrent: int = Field(
+        default=512, ge=1, description="forecast requests in work at once, per ingress process; more are a 429"
+    )
+    max_concurrent_per_client: int = Field(
+        default=0, ge=0, description="the same per API key, or per address where there are no keys; 0 is off"
+    )
+    body_timeout_s: float = Field(default=30.0, gt=0, description="a body that takes longer to arrive is a 408")
     request_timeout_s: float = Field(default=120.0, gt=0)
     inference_timeout_s: float = Field(default=110.0, gt=0)
     replica_wait_s: float = Field(default=20.0, ge=0, description="wait for a replica if there is none, then 503")
     load_wait_s: float = Field(default=10.0, ge=0, description="wait for a model that is being loaded, then 503")
     load_retry_s: float = Field(default=30.0, gt=0, description="pause before a failed checkpoint is tried again")
-    rate_limit_per_minute: int = Field(default=0, ge=0, description="forecast requests per client address; 0 is off")
-    security_enabled: bool = Field(default=True, description="the rate limit and the watch for suspicious requests")
+    rate_limit_per_minute: int = Field(
+        default=0, ge=0, description="forecast requests per API key or address; 0 is off"
+    )
+    security_enabled: bool = Field(
+        default=True, description="the limits per client; API keys and the total limits hold in any case"
+    )
 
 
 class Defaults(Strict):
@@ -183,6 +200,9 @@ class Defaults(Strict):
     top_k: int = Field(default=0, ge=0)
     top_p: float = Field(default=0.9, gt=0, le=1)
     sample_count: int = Field(default=1, ge=1)
+    window: Annotated[str, AfterValidator(_check_window)] = Field(
+        default="exact", description="what happens when a forecast outgrows the context: exact, hop:K or fit"
+    )
 
 
 class AppConfig(Strict):

@@ -13,6 +13,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.connection import ClientGoneError
 from serve_app.errors import ServiceError
 from serve_app.logs import log
 from serve_app.metrics import Metrics
@@ -83,10 +84,15 @@ class RequestContext:
 
         try:
             await self.app(scope, receive, send_recorded)
-        except asyncio.CancelledError:
-            record.status = CLIENT_GONE
+        except (asyncio.CancelledError, ClientGoneError) as error:
+            begun, record.status = record.status != 0, CLIENT_GONE
             record.details.update(error_type="client_gone", error_message="the client closed the connection")
-            raise
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            # Nobody reads it, but Ray's proxy counts on every request having an answer.
+            if not begun:
+                await send({"type": "http.response.start", "status": CLIENT_GONE, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
         except Exception as error:
             # The last line of defence: a client never sees a stack, the log always does.
             record.details.update(error_type=type(error).__name__, error_message=str(error)[:500])

@@ -66,7 +66,7 @@ def prepare_predictions(
         bad += _sample_faults((*loc, "overrides", "sample_count"), sampling, limits)
         faults += bad
         if not bad:
-            task = _task(candles, item.timestamps, item.prediction_timestamps.local, sampling)
+            task = _task(candles, item.timestamps, item.prediction_timestamps.local, sampling, defaults.window)
             prepared.append(Prepared(item.series_id, task, candles, item.prediction_timestamps.texts))
     return _checked(prepared, faults, ("items",) if len(items) > 1 else (), limits)
 
@@ -79,9 +79,6 @@ def prepare_forecast(request: ForecastRequest, limits: Limits, defaults: Default
         faults.append(FieldError(("quantiles",), "too_many", f"at most {limits.max_quantiles} quantiles"))
     if request.repair not in ("off", "ohlc"):
         faults.append(FieldError(("repair",), "unknown_value", 'must be "off" or "ohlc"'))
-    if request.stream:
-        text = "streaming is not available yet: leave stream out or send false"
-        faults.append(FieldError(("stream",), "not_available", text))
     seed = secrets.randbelow(SEED_SPACE) if request.seed is None else request.seed
     prepared = []
     for index, series in enumerate(request.series):
@@ -111,7 +108,8 @@ def _forecast_series(
     if faults or future is None:
         return None, faults
     name = str(loc[-1]) if series.id is None else series.id
-    return Prepared(name, _task(candles, series.timestamps, future, sampling), candles, texts), []
+    window = series.window or request.window or defaults.window
+    return Prepared(name, _task(candles, series.timestamps, future, sampling, window), candles, texts), []
 
 
 def _future(
@@ -169,9 +167,9 @@ def _sampling(layers: Sequence[Any], defaults: Defaults, seed: int) -> Sampling:
     )
 
 
-def _task(candles: np.ndarray, times: Times, future: np.ndarray, sampling: Sampling) -> Task:
+def _task(candles: np.ndarray, times: Times, future: np.ndarray, sampling: Sampling, window: str) -> Task:
     series = Series(candles.astype(np.float32), time_marks(times.local), time_marks(future))
-    return Task(series, sampling)
+    return Task(series, sampling, window)
 
 
 def _require_count(loc: Loc, count: int, limits: Limits) -> None:
