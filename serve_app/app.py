@@ -9,9 +9,11 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import RequestRouterConfig
+from ray.serve.context import _get_global_client  # no public way to the address; serve.status() does not hold it
 from ray.serve.handle import DeploymentHandle
 
 from cluster.plan import GroupRequest, Plan, PlannedGroup, Scale, plan_groups, probe_resources
@@ -20,6 +22,7 @@ from serve_app.deployment import Factory, KronosReplica
 from serve_app.engine import EngineFactory
 from serve_app.environment import apply_environment
 from serve_app.ingress import create_app
+from serve_app.keys import KeyRing, address_error
 from serve_app.logs import configure_logging, log
 from serve_app.routing import RayBackend, deployment_name
 from serve_app.status import public_settings
@@ -41,6 +44,7 @@ class Ingress:
         self, groups: dict[str, DeploymentHandle], plan: Plan, config: AppConfig, warnings: tuple[str, ...]
     ) -> None:
         configure_logging(config.log_level)
+        _require_safe_address(config)
         self._config = config
         self._warnings = warnings
         self._backend = RayBackend(groups, plan, config.limits.replica_wait_s)
@@ -57,9 +61,30 @@ class Ingress:
 def build_app(args: AppConfig) -> serve.Application:
     """The application that the configuration, the environment and the cluster's resources make together.
 
-    Raises serve_app.environment.EnvironmentVariableError for a KRONOS_ variable that its setting does not accept.
+    Raises serve_app.environment.EnvironmentVariableError for a KRONOS_ variable that its setting does not accept,
+    UnsafeAddressError, and serve_app.keys.KeyFileError.
     """
+    config, _ = apply_environment(args, os.environ)
+    _require_safe_address(config)
+    if config.auth.required:
+        KeyRing(config.auth.keys_file, config.auth.keys)
     return assemble(args, os.environ, probe_resources())
+
+
+class UnsafeAddressError(ValueError):
+    """The service would be open to a network, without keys and without anybody having said so."""
+
+
+def _require_safe_address(config: AppConfig) -> None:
+    if error := address_error(_bind_host(), config.auth.required, config.auth.allow_anonymous_on_public_address):
+        raise UnsafeAddressError(error)
+
+
+def _bind_host() -> str | None:
+    """The address that Serve's HTTP proxy listens on; None where there is none yet, or none at all."""
+    # Asking starts a cluster where there is none.
+    client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    return client.http_config.host if client else None
 
 
 def assemble(

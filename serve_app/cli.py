@@ -1,6 +1,7 @@
 """Commands beside `serve run`.
 
 python -m serve_app.cli check-config serve_config.yaml [--port-free]
+python -m serve_app.cli new-key NAME [--scope predict] [--scope admin] [--per-minute N] [--concurrent N]
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from serve_app.config import AppConfig, nearest
 from serve_app.environment import EnvironmentVariableError, apply_environment
+from serve_app.keys import PREDICT, SCOPES, KeyFileError, KeyRing, address_error, new_key
 
 BUILDER = "serve_app.app:build_app"
 
@@ -38,8 +40,10 @@ def check_config(path: str, environ: Mapping[str, str]) -> tuple[list[str], list
     if not isinstance(data, dict):
         return [f"{path} does not hold a mapping"], []
     errors = _unknown_keys(data, ServeDeploySchema, ())
+    host = None
     try:
-        ServeDeploySchema.model_validate(data)
+        # Left out, it is 0.0.0.0.
+        host = ServeDeploySchema.model_validate(data).http_options.host
     except ValidationError as error:
         errors += _texts(error, ())
     warnings: list[str] = []
@@ -50,13 +54,25 @@ def check_config(path: str, environ: Mapping[str, str]) -> tuple[list[str], list
         place = ("applications", index, "args")
         try:
             config = AppConfig.model_validate(application.get("args") or {})
-            _, more = apply_environment(config, environ)
+            config, more = apply_environment(config, environ)
             warnings += more
+            errors += _auth_errors(config, host)
         except ValidationError as error:
             errors += _texts(error, place)
         except EnvironmentVariableError as error:
             errors.append(str(error))
     return errors, warnings
+
+
+def _auth_errors(config: AppConfig, host: str | None) -> list[str]:
+    auth = config.auth
+    errors = [address_error(host, auth.required, auth.allow_anonymous_on_public_address)]
+    try:
+        if auth.required:
+            KeyRing(auth.keys_file, auth.keys)
+    except KeyFileError as error:
+        errors.append(f"auth: {error}")
+    return [error for error in errors if error]
 
 
 def _unknown_keys(data: Any, schema: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:
@@ -102,14 +118,7 @@ def _port_errors(path: str) -> list[str]:
     return [text] if taken else []
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the process's exit status: 0 fine, 1 errors were found."""
-    parser = argparse.ArgumentParser(prog="python -m serve_app.cli", description=__doc__.split("\n", 1)[0])
-    commands = parser.add_subparsers(required=True)
-    check = commands.add_parser("check-config", help="check a Serve configuration strictly, without starting anything")
-    check.add_argument("path", nargs="?", default="serve_config.yaml")
-    check.add_argument("--port-free", action="store_true", help="also check that nobody listens on its HTTP port")
-    options = parser.parse_args(arguments)
+def _check(options: argparse.Namespace) -> int:
     errors, warnings = check_config(options.path, os.environ)
     if options.port_free and not errors:
         errors = _port_errors(options.path)
@@ -120,6 +129,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not errors:
         print(f"{options.path} is fine")
     return 1 if errors else 0
+
+
+def _new_key(options: argparse.Namespace) -> int:
+    given = {"per_minute": options.per_minute, "concurrent": options.concurrent}
+    limits = [f"{name}={value}" for name, value in given.items() if value is not None]
+    try:
+        secret, line = new_key(options.name, options.scope or [PREDICT], limits)
+    except KeyFileError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"The key, for the client; it is shown this once and stored nowhere:\n\n  {secret}\n")
+    print(f"The line for the file that auth.keys_file or KRONOS_API_KEYS_FILE names:\n\n{line}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the process's exit status: 0 fine, 1 errors were found."""
+    parser = argparse.ArgumentParser(prog="python -m serve_app.cli", description=__doc__.split("\n", 1)[0])
+    commands = parser.add_subparsers(required=True)
+    check = commands.add_parser("check-config", help="check a Serve configuration strictly, without starting anything")
+    check.add_argument("path", nargs="?", default="serve_config.yaml")
+    check.add_argument("--port-free", action="store_true", help="also check that nobody listens on its HTTP port")
+    check.set_defaults(run=_check)
+    key = commands.add_parser("new-key", help="make an API key")
+    key.add_argument("name", help="who it is for; shown in logs")
+    key.add_argument("--scope", action="append", choices=SCOPES, help="what it may (default: predict)")
+    key.add_argument("--per-minute", type=int, help="its own rate limit; 0 is none")
+    key.add_argument("--concurrent", type=int, help="its own limit of requests at once; 0 is none")
+    key.set_defaults(run=_new_key)
+    options = parser.parse_args(arguments)
+    status: int = options.run(options)
+    return status
 
 
 if __name__ == "__main__":

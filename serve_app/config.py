@@ -10,10 +10,11 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from model.engine.types import WindowPolicy
+from serve_app.keys import parse_keys
 
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,4})?")
@@ -27,9 +28,9 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 class Strict(BaseModel):
-    """A section of the configuration."""
+    """A section of the configuration. Errors do not show what was given: it may be a secret in the wrong place."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -192,6 +193,30 @@ class Limits(Strict):
     )
 
 
+class AuthConfig(Strict):
+    """Who may ask; see docs/security.md. Without keys everybody may, and only the loopback address is listened on.
+
+    keys_file: one line per API key, as `python -m serve_app.cli new-key` prints it; read again when it changes.
+    keys: the same lines as text, for the environment variable KRONOS_API_KEYS; hashes, never keys.
+    allow_anonymous_on_public_address: true serves anybody who can reach a public address, without keys.
+    """
+
+    keys_file: str | None = None
+    keys: str = ""
+    allow_anonymous_on_public_address: bool = False
+
+    @field_validator("keys")
+    @classmethod
+    def _readable(cls, keys: str) -> str:
+        parse_keys(keys)
+        return keys
+
+    @property
+    def required(self) -> bool:
+        """True if requests need a key."""
+        return bool(self.keys_file or self.keys.strip())
+
+
 class Defaults(Strict):
     """What a request that does not say gets. pred_len is the horizon of a /v1/forecast that names none."""
 
@@ -216,6 +241,7 @@ class AppConfig(Strict):
     groups: GroupsConfig = GroupsConfig()
     ingress: IngressConfig = IngressConfig()
     limits: Limits = Limits()
+    auth: AuthConfig = AuthConfig()
     defaults: Defaults = Defaults()
     clip: float = Field(default=5.0, gt=0)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

@@ -77,10 +77,12 @@ class Forecasting:
         return Response(content, media_type=media_type, headers=headers)
 
     def _admit(self, held: AsyncExitStack, request: Request, record: Record) -> None:
-        client = request.client.host if request.client else ""
+        key = record.key
+        # An address cannot be taken for a key's name: names have no colon.
+        client = key.name if key else f"address:{request.client.host if request.client else ''}"
         try:
-            self.admission.require_rate(client)
-            held.enter_context(self.admission.slot(client))
+            self.admission.require_rate(client, key.per_minute if key else None)
+            held.enter_context(self.admission.slot(client, key.concurrent if key else None))
         except ServiceError as error:
             if error.code != "queue_full":
                 self.metrics.rate_limit_hits.labels(self.metrics.container).inc()

@@ -13,11 +13,13 @@ from starlette.responses import HTMLResponse, JSONResponse
 
 from serve_app import schemas
 from serve_app.answers import forecast_json, prediction_json
+from serve_app.auth import Authentication
 from serve_app.bodies import JSON
 from serve_app.config import AppConfig
 from serve_app.errors import ServiceError
 from serve_app.forecasting import Forecasting, Formats, encode
 from serve_app.jobs import Answered, Backend
+from serve_app.keys import KeyRing
 from serve_app.metrics import Metrics
 from serve_app.middleware import Record, RequestContext
 from serve_app.openapi import ERRORS, describe_bodies, request_body
@@ -33,6 +35,7 @@ def create_app(
     """The ASGI application.
 
     warnings: what the plan and the environment had to say, shown at /v1/info. behind_serve: see RequestContext.
+    Raises KeyFileError.
     """
     metrics = Metrics()
     app = FastAPI(
@@ -46,6 +49,8 @@ def create_app(
     _add_status_routes(app, Status(backend, config, warnings), metrics)
     _add_forecast_routes(app, Forecasting(backend, config, metrics), Reading(config))
     describe_bodies(app)
+    if config.auth.required:
+        app.add_middleware(Authentication, keys=KeyRing(config.auth.keys_file, config.auth.keys), metrics=metrics)
     routes = frozenset(getattr(route, "path", "") for route in app.routes)
     app.add_middleware(RequestContext, metrics=metrics, routes=routes, behind_serve=behind_serve)
     return app

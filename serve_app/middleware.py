@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.connection import ClientGoneError
 from serve_app.errors import ServiceError
+from serve_app.keys import Key
 from serve_app.logs import log
 from serve_app.metrics import Metrics
 
@@ -34,7 +35,13 @@ class Record:
     status: int = 0
     request_size_bytes: int = 0
     response_size_bytes: int = 0
+    key: Key | None = None
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def client(self) -> str:
+        """The name of the key, for the log."""
+        return self.key.name if self.key else "anonymous"
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
@@ -101,7 +108,7 @@ class RequestContext:
             )
             if record.status:
                 raise  # the answer has begun; only closing the connection tells the client that it is not whole
-            await _send_error(send_recorded, ServiceError("internal", "internal error; quote the request id"), record)
+            await _send(send_recorded, ServiceError("internal", "internal error; quote the request id"), record)
         finally:
             self._close(record, scope)
 
@@ -118,6 +125,7 @@ class RequestContext:
             method=scope["method"],
             route=record.route,
             status_code=record.status,
+            client=record.client,
             latency_ms=round(seconds * 1000, 2),
             request_size_bytes=record.request_size_bytes,
             response_size_bytes=record.response_size_bytes,
@@ -125,8 +133,15 @@ class RequestContext:
         )
 
 
-async def _send_error(send: Send, error: ServiceError, record: Record) -> None:
+async def refuse(send: Send, error: ServiceError, record: Record) -> None:
+    """The answer of a middleware that lets a request go no further."""
+    record.details.update(error_type=error.code, error_message=error.message)
+    await _send(send, error, record)
+
+
+async def _send(send: Send, error: ServiceError, record: Record) -> None:
     body = json.dumps(error.body(record.request_id)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": encoded})
     await send({"type": "http.response.body", "body": body})
