@@ -3,6 +3,9 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 
+# Ray's HTTP proxy drops the headers by which a client could give it orders (docs/security.md).
+export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH ?= serve_app.proxy:middlewares
+
 .PHONY: serve test lint bench clean
 
 # The environment is rebuilt when a requirements file is newer than the last install.

@@ -47,11 +47,15 @@ class Record:
         return time.monotonic() - self.started
 
 
+def usable_request_id(given: str) -> bool:
+    """True for what may stand in answers and logs: short, printable, without spaces."""
+    return 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable() and " " not in given
+
+
 def request_id_of(headers: Headers) -> str:
-    """The caller's X-Request-ID if it is short and printable, else a new one."""
+    """The caller's X-Request-ID if it is usable, else a new one."""
     given = headers.get("x-request-id", "")
-    usable = 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable() and " " not in given
-    return given if usable else uuid.uuid4().hex
+    return given if usable_request_id(given) else uuid.uuid4().hex
 
 
 class RequestContext:
