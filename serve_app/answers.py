@@ -40,15 +40,32 @@ def forecast_json(
     request: ForecastRequest, items: Sequence[Prepared], seed: int, answered: Answered, warning: str | None
 ) -> dict[str, Any]:
     """The answer of /v1/forecast."""
+    values, repaired = repaired_values(request, answered.done)
+    series = [
+        _series_json(request, item, table, paths.window)
+        for item, table, paths in zip(items, values, answered.done.paths, strict=True)
+    ]
+    return {**answer_head(request, items, seed, answered, warning, repaired), "series": series}
+
+
+def repaired_values(request: ForecastRequest, done: Done) -> tuple[list[np.ndarray], int]:
+    """The paths [S, H, 6] of every series as the request wants them, and how many candles that changed."""
+    if request.repair != "ohlc":
+        return [paths.values for paths in done.paths], 0
+    fixed = [repair_candles(paths.values) for paths in done.paths]
+    return [values for values, _ in fixed], sum(touched for _, touched in fixed)
+
+
+def answer_head(
+    request: ForecastRequest,
+    items: Sequence[Prepared],
+    seed: int,
+    answered: Answered,
+    warning: str | None,
+    repaired: int,
+) -> dict[str, Any]:
+    """What an answer of /v1/forecast says once."""
     done = answered.done
-    repaired = 0
-    series = []
-    for item, paths in zip(items, done.paths, strict=True):
-        values = paths.values
-        if request.repair == "ohlc":
-            values, touched = repair_candles(values)
-            repaired += touched
-        series.append(_series_json(request, item, values, paths.window))
     windows = [paths.window for paths in done.paths]
     first = items[0].task.sampling
     return {
@@ -76,12 +93,10 @@ def forecast_json(
             "repair": request.repair,
         },
         "repaired": repaired,
-        "series": series,
     }
 
 
 def _series_json(request: ForecastRequest, item: Prepared, values: np.ndarray, window: Window) -> dict[str, Any]:
-    sampling = item.task.sampling
     decimals = shown_decimals(values)
     answer: dict[str, Any] = {
         "id": item.id,
@@ -90,17 +105,25 @@ def _series_json(request: ForecastRequest, item: Prepared, values: np.ndarray, w
     }
     if request.return_paths:
         answer["paths"] = [columns_json(path, decimals) for path in values]
-    answer["summary"] = summary(values[:, :, CLOSE], item.candles[:, CLOSE])
-    answer["window"] = {"context_used": window.context_used, "slid": window.slid, "policy": window.policy}
-    answer["parameters"] = {
-        "horizon": item.task.series.horizon,
-        "samples": sampling.samples,
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "seed": sampling.seed,
+    return {**answer, **series_facts(item, values, window)}
+
+
+def series_facts(item: Prepared, values: np.ndarray, window: Window) -> dict[str, Any]:
+    """What an answer says of a series beside its tables. values: [S, H, 6]."""
+    sampling = item.task.sampling
+    return {
+        "id": item.id,
+        "summary": summary(values[:, :, CLOSE], item.candles[:, CLOSE]),
+        "window": {"context_used": window.context_used, "slid": window.slid, "policy": window.policy},
+        "parameters": {
+            "horizon": item.task.series.horizon,
+            "samples": sampling.samples,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+        },
     }
-    return answer
 
 
 def bars_json(request: ForecastRequest, items: Sequence[Prepared], bars: Bars) -> dict[str, Any]:

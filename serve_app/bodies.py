@@ -12,13 +12,14 @@ from starlette.requests import ClientDisconnect, Request
 from serve_app.errors import ServiceError
 
 JSON = "application/json"
+ARROW = "application/vnd.apache.arrow.stream"
 
 
 def body_kind(request: Request, kinds: Sequence[str]) -> str:
     """Which of the media types the body has. Raises ServiceError not_json, content_encoding."""
     kind = request.headers.get("content-type", "").split(";", 1)[0].strip().lower()
     if kind not in kinds:
-        raise ServiceError("not_json", f"send JSON with Content-Type: {' or '.join(kinds)}")
+        raise ServiceError("not_json", f"send the body with Content-Type: {' or '.join(kinds)}")
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise ServiceError("content_encoding", "send the body without Content-Encoding")
     return kind

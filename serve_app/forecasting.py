@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve_app.answers import bars_json
-from serve_app.bodies import body_kind, read_body
+from serve_app.bodies import ARROW, body_kind, read_body
 from serve_app.config import AppConfig
 from serve_app.connection import until_gone
 from serve_app.errors import FieldError, ServiceError, invalid_fields
@@ -68,6 +68,8 @@ class Forecasting:
             raw = await read_body(request, int(self.limits.max_request_mb * 2**20), self.limits.body_timeout_s)
             record.request_size_bytes = len(raw)
             asked = await asyncio.to_thread(read, raw)
+            if media_type == ARROW:
+                _require_table(asked)
             self._record_input(record, asked)
             work = _Work(self, record, asked, prefer, write)
             if asked.stream:
@@ -196,6 +198,17 @@ def timing(answered: Answered) -> str:
 
 def _bars_bytes(asked: Asked, bars: Bars) -> bytes:
     return encode(bars_json(asked.body, asked.items, bars))
+
+
+def _require_table(asked: Asked) -> None:
+    """Raises ServiceError if the answer cannot be one Arrow table."""
+    if asked.stream:
+        text = f"a stream is server-sent events: leave stream out, or do not Accept {ARROW}"
+        raise invalid_fields([FieldError(("stream",), "unknown_value", text)])
+    for index, item in enumerate(asked.items):
+        if (item.offset is None) != (asked.items[0].offset is None):
+            text = "has a UTC offset where the first series has none, or the reverse: one Arrow column cannot hold both"
+            raise invalid_fields([FieldError(("series", index, "timestamps"), "mixed_time_zones", text)])
 
 
 def _preferred_group(request: Request) -> str | None:

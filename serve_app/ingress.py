@@ -14,7 +14,7 @@ from starlette.responses import HTMLResponse, JSONResponse
 from serve_app import schemas
 from serve_app.answers import forecast_json, prediction_json
 from serve_app.auth import Authentication
-from serve_app.bodies import JSON
+from serve_app.bodies import ARROW, JSON
 from serve_app.config import AppConfig
 from serve_app.errors import ServiceError
 from serve_app.forecasting import Forecasting, Formats, encode
@@ -60,7 +60,10 @@ def _add_forecast_routes(app: FastAPI, forecasting: Forecasting, reading: Readin
     single, batch, forecasts = (
         Formats({JSON: reading.single}, {JSON: _write_single}),
         Formats({JSON: reading.batch}, {JSON: _write_batch}),
-        Formats({JSON: reading.forecast}, {JSON: _write_forecast}),
+        Formats(
+            {JSON: reading.forecast, ARROW: reading.forecast_arrow},
+            {JSON: _write_forecast, ARROW: _write_forecast_arrow},
+        ),
     )
 
     @app.post(
@@ -107,6 +110,12 @@ def _write_batch(asked: Asked, answered: Answered, warning: str | None) -> bytes
 
 def _write_forecast(asked: Asked, answered: Answered, warning: str | None) -> bytes:
     return encode(forecast_json(asked.body, asked.items, asked.seed, answered, warning))
+
+
+def _write_forecast_arrow(asked: Asked, answered: Answered, warning: str | None) -> bytes:
+    from serve_app.arrow import forecast_table  # on first use, as in Reading.forecast_arrow
+
+    return forecast_table(asked, answered, warning)
 
 
 def _add_status_routes(app: FastAPI, status: Status, metrics: Metrics) -> None:

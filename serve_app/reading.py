@@ -45,6 +45,12 @@ class Reading:
     def forecast(self, raw: bytes) -> Asked:
         return self._forecast(parse_json(raw))
 
+    def forecast_arrow(self, raw: bytes) -> Asked:
+        # Imported on first use: pyarrow takes memory, and most services never see a table.
+        from serve_app.arrow import forecast_body
+
+        return self._forecast(forecast_body(raw, self._config.limits))
+
     def _predictions(self, body: BaseModel, items: list[tuple[Loc, schemas.PredictRequest]]) -> Asked:
         prepared = prepare_predictions(items, self._config.limits, self._config.defaults)
         return Asked(body, self._config.default_model, prepared)
