@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from serve_app.errors import ServiceError
+from serve_app.errors import ServiceError, clip_text
 
 JSON = "application/json"
 ARROW = "application/vnd.apache.arrow.stream"
@@ -70,6 +71,8 @@ def parse_json(body: bytes) -> Any:
         raise ServiceError(
             "malformed_json", f"the body is not JSON: {error.msg}, line {error.lineno} column {error.colno}"
         ) from None
+    except _DuplicateKeyError as error:
+        raise ServiceError("malformed_json", f"an object of the body has the key {str(error)!r} twice") from None
     except RecursionError:
         raise ServiceError("malformed_json", "the body is nested too deeply") from None
     except UnicodeEncodeError:
@@ -77,11 +80,23 @@ def parse_json(body: bytes) -> Any:
     return value
 
 
+class _DuplicateKeyError(ValueError):
+    """An object says one thing twice; which of the two was meant cannot be known."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise _DuplicateKeyError(clip_text(counts.most_common(1)[0][0]))
+    return found
+
+
 def _loads(text: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return json.loads(text, object_pairs_hook=_unique)
+    except (json.JSONDecodeError, _DuplicateKeyError):
         raise
     except ValueError:
         # An integer with more digits than Python converts. As a float it is infinite, which the schemas refuse.
-        return json.loads(text, parse_int=float)
+        return json.loads(text, parse_int=float, object_pairs_hook=_unique)

@@ -387,6 +387,9 @@ MALFORMED = {
     "lone surrogate": b'{"model": "\\ud800"}',
     "two values": b"{} {}",
     "byte order mark": b"\xef\xbb\xbf{}",
+    "duplicate key": b'{"horizon": 1, "horizon": 2}',
+    "duplicate key below": b'{"series": [{"id": "a", "id": "a"}]}',
+    "many duplicate keys": b"{" + b", ".join([b'"a": 1'] * 50_000) + b"}",
 }
 
 
@@ -402,6 +405,38 @@ def test_bodies_that_are_not_objects(http, raw):
         response = http.post(route, raw=raw)
         assert_error(response, 422, "invalid_fields")
         assert codes(response) == [((), "not_an_object")]
+
+
+STRANGE_PATHS = (
+    "/v1/models/../../etc/passwd",
+    "/v1/models/..%2f..%2fetc%2fpasswd",
+    "/v1/models/%2e%2e/%2e%2e/etc/passwd",
+    "/v1/models/..%5c..%5cwindows",
+    "/static/index.html",
+    "/v1/models/kronos-bundled",
+    "//etc/passwd",
+    "/v1/%00",
+    "/v1/%ff%fe",
+    "/v1/forecast%20",
+    "/%e2%80%ae",
+    "/" + "a" * 5000,
+)
+
+
+@pytest.mark.parametrize("path", STRANGE_PATHS)
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+def test_strange_paths_are_unknown_routes(http, method, path):
+    response = http.request(method, path)
+    assert_error(response, 404, "unknown_route")
+    assert "etc" not in response.text
+    assert "a" * 65 not in response.text
+
+
+def test_no_other_origin_is_let_in(http):
+    for method in ("GET", "OPTIONS"):
+        headers = {"origin": "https://evil.example", "access-control-request-method": "POST"}
+        response = http.request(method, "/v1/info", headers=headers)
+        assert not [name for name in response.headers if name.startswith("access-control")]
 
 
 def test_kinds_and_encodings(http, candle_items):
