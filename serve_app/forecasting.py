@@ -106,6 +106,8 @@ class Forecasting:
         # Which device answers is known at the end; or at once, where all replicas have one kind.
         kinds = {view.device.backend for view in self.backend.replicas()}
         headers = {"X-Backend-Used": kinds.pop()} if len(kinds) == 1 else {}
+        # The times of the answer stand in its event, which comes last.
+        headers["Server-Timing"] = f"first;dur={work.record.seconds() * 1000:.2f}"
         return EventStream(first, events, held.pop_all(), headers)
 
 
@@ -141,7 +143,9 @@ class _Work:
                 while isinstance(result := await self._in_time(anext(results)), Bars):
                     yield event("bars", await asyncio.to_thread(_bars_bytes, self.asked, result))
                     begun = True
-            yield event("answer", await self._written(result), f"{result.done.device.backend}; {timing(result)}")
+            done = result.done
+            comment = f"backend={done.device.backend}; replica={done.replica_id}; {timing(result)}"
+            yield event("answer", await self._written(result), comment)
         except Exception as error:
             if not begun:
                 raise

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 
 from serve_app import schemas
 from serve_app.answers import forecast_json, prediction_json
@@ -22,11 +21,10 @@ from serve_app.jobs import Answered, Backend
 from serve_app.keys import KeyRing
 from serve_app.metrics import Metrics
 from serve_app.middleware import Record, RequestContext
-from serve_app.openapi import ERRORS, describe_bodies, request_body
+from serve_app.openapi import ERRORS, describe, forecast_formats, request_body
+from serve_app.pages import page
 from serve_app.reading import Asked, Reading
 from serve_app.status import Status
-
-INDEX_PAGE = Path(__file__).parent / "static" / "index.html"
 
 
 def create_app(
@@ -43,12 +41,15 @@ def create_app(
         description="Forecasts of candlesticks: sampled paths, their mean, quantiles and what they say.",
         version=schemas.API_VERSION,
         redirect_slashes=False,
+        # FastAPI's own pages load scripts from elsewhere; ours is serve_app.pages.
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.metrics = metrics
     _add_error_handlers(app, metrics)
     _add_status_routes(app, Status(backend, config, warnings), metrics)
     _add_forecast_routes(app, Forecasting(backend, config, metrics), Reading(config))
-    describe_bodies(app)
+    describe(app)
     if config.auth.required:
         app.add_middleware(Authentication, keys=KeyRing(config.auth.keys_file, config.auth.keys), metrics=metrics)
     routes = frozenset(getattr(route, "path", "") for route in app.routes)
@@ -89,7 +90,7 @@ def _add_forecast_routes(app: FastAPI, forecasting: Forecasting, reading: Readin
     @app.post(
         "/v1/forecast",
         response_model=schemas.ForecastAnswer,
-        responses=ERRORS,
+        responses={**ERRORS, **forecast_formats()},
         openapi_extra=request_body(schemas.ForecastRequest),
         summary="Mean, quantiles, paths and what they say, of several series",
     )
@@ -127,7 +128,11 @@ def _add_status_routes(app: FastAPI, status: Status, metrics: Metrics) -> None:
     async def healthz_detailed() -> dict[str, Any]:
         return await asyncio.to_thread(status.health)
 
-    @app.get("/v1/readyz", summary="200 once every always-on model has made a warm-up forecast, else 503")
+    @app.get(
+        "/v1/readyz",
+        summary="200 once every always-on model has made a warm-up forecast, else 503",
+        responses={503: {"description": "not ready; see Retry-After"}},
+    )
     async def readyz() -> JSONResponse:
         body, ready = status.readiness()
         headers = {} if ready else ServiceError("not_ready", "loading").headers
@@ -145,15 +150,17 @@ def _add_status_routes(app: FastAPI, status: Status, metrics: Metrics) -> None:
     async def info() -> dict[str, Any]:
         return status.info()
 
-    @app.get("/v1/metrics", summary="Prometheus text of this ingress process", response_class=Response)
+    @app.get("/v1/metrics", summary="Prometheus text of this ingress process", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         return Response(metrics.render(), media_type=metrics.content_type)
 
     @app.get("/", include_in_schema=False)
     async def index(request: Request) -> Response:
-        if "text/html" in request.headers.get("accept", "") and INDEX_PAGE.is_file():
-            return HTMLResponse(INDEX_PAGE.read_text(encoding="utf-8"))
-        return JSONResponse(status.index())
+        return page("index") if "text/html" in request.headers.get("accept", "") else JSONResponse(status.index())
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return page("docs")
 
 
 def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:

@@ -89,6 +89,7 @@ class RequestContext:
                 if add_id:
                     answer["X-Request-ID"] = record.request_id
                 answer.setdefault("Server-Timing", NOTHING_COMPUTED)
+                answer["X-Content-Type-Options"] = "nosniff"
             elif message["type"] == "http.response.body":
                 record.response_size_bytes += len(message.get("body", b""))
             await send(message)

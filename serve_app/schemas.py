@@ -277,6 +277,18 @@ class SeriesForecast(BaseModel):
     parameters: Parameters
 
 
+class ForecastBars(BaseModel):
+    """An event of a stream: bars of one series. series: its position in the request. first: index of the first bar."""
+
+    id: str
+    series: int
+    first: int
+    timestamps: list[str]
+    mean: ColumnsOut
+    quantiles: dict[str, ColumnsOut]
+    final: bool
+
+
 class ModelOut(BaseModel):
     id: str
     repo: str
