@@ -17,12 +17,11 @@ from ray.serve.context import _get_global_client  # no public way to the address
 from ray.serve.handle import DeploymentHandle
 
 from cluster.plan import GroupRequest, Plan, PlannedGroup, Scale, plan_groups, probe_resources
-from serve_app.config import AppConfig, GroupConfig
+from serve_app.config import AppConfig, AuthConfig, GroupConfig
 from serve_app.deployment import Factory, KronosReplica
 from serve_app.engine import EngineFactory
 from serve_app.environment import apply_environment
 from serve_app.ingress import create_app
-from serve_app.keys import KeyRing, address_error
 from serve_app.logs import configure_logging, log
 from serve_app.routing import RayBackend, deployment_name
 from serve_app.status import public_settings
@@ -44,7 +43,8 @@ class Ingress:
         self, groups: dict[str, DeploymentHandle], plan: Plan, config: AppConfig, warnings: tuple[str, ...]
     ) -> None:
         configure_logging(config.log_level)
-        _require_safe_address(config)
+        _require_safe_address(config.auth)
+        self._keys = config.auth.key_ring()
         self._config = config
         self._warnings = warnings
         self._backend = RayBackend(groups, plan, config.limits.replica_wait_s)
@@ -53,7 +53,7 @@ class Ingress:
         log(logging.INFO, "effective settings", settings=public_settings(config), groups=self._backend.groups())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        app = create_app(self._backend, self._config, self._warnings, behind_serve=True)
+        app = create_app(self._backend, self._config, self._warnings, behind_serve=True, keys=self._keys)
         self._backend.on_retry = app.state.metrics.retries.inc
         return app
 
@@ -64,10 +64,10 @@ def build_app(args: AppConfig) -> serve.Application:
     Raises serve_app.environment.EnvironmentVariableError for a KRONOS_ variable that its setting does not accept,
     UnsafeAddressError, and serve_app.keys.KeyFileError.
     """
+    # Told here, a mistake is an answer; in the ingress's constructor it would be tried again and again.
     config, _ = apply_environment(args, os.environ)
-    _require_safe_address(config)
-    if config.auth.required:
-        KeyRing(config.auth.keys_file, config.auth.keys)
+    _require_safe_address(config.auth)
+    config.auth.key_ring()
     return assemble(args, os.environ, probe_resources())
 
 
@@ -75,8 +75,8 @@ class UnsafeAddressError(ValueError):
     """The service would be open to a network, without keys and without anybody having said so."""
 
 
-def _require_safe_address(config: AppConfig) -> None:
-    if error := address_error(_bind_host(), config.auth.required, config.auth.allow_anonymous_on_public_address):
+def _require_safe_address(auth: AuthConfig) -> None:
+    if error := auth.address_error(_bind_host()):
         raise UnsafeAddressError(error)
 
 

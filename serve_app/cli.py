@@ -16,9 +16,9 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from serve_app.config import AppConfig, nearest
+from serve_app.config import AppConfig, AuthConfig, nearest
 from serve_app.environment import EnvironmentVariableError, apply_environment
-from serve_app.keys import PREDICT, SCOPES, KeyFileError, KeyRing, address_error, new_key
+from serve_app.keys import PREDICT, SCOPES, KeyFileError, new_key
 
 BUILDER = "serve_app.app:build_app"
 
@@ -56,7 +56,7 @@ def check_config(path: str, environ: Mapping[str, str]) -> tuple[list[str], list
             config = AppConfig.model_validate(application.get("args") or {})
             config, more = apply_environment(config, environ)
             warnings += more
-            errors += _auth_errors(config, host)
+            errors += _auth_errors(config.auth, host)
         except ValidationError as error:
             errors += _texts(error, place)
         except EnvironmentVariableError as error:
@@ -64,12 +64,10 @@ def check_config(path: str, environ: Mapping[str, str]) -> tuple[list[str], list
     return errors, warnings
 
 
-def _auth_errors(config: AppConfig, host: str | None) -> list[str]:
-    auth = config.auth
-    errors = [address_error(host, auth.required, auth.allow_anonymous_on_public_address)]
+def _auth_errors(auth: AuthConfig, host: str | None) -> list[str]:
+    errors = [auth.address_error(host)]
     try:
-        if auth.required:
-            KeyRing(auth.keys_file, auth.keys)
+        auth.key_ring()
     except KeyFileError as error:
         errors.append(f"auth: {error}")
     return [error for error in errors if error]

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from pydantic_core import PydanticCustomError
 
 from model.engine.types import WindowPolicy
-from serve_app.keys import parse_keys
+from serve_app.keys import KeyRing, address_error, parse_keys
 
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,4})?")
@@ -215,6 +215,14 @@ class AuthConfig(Strict):
     def required(self) -> bool:
         """True if requests need a key."""
         return bool(self.keys_file or self.keys.strip())
+
+    def key_ring(self) -> KeyRing | None:
+        """The keys in force; None if there are none. Reads the file. Raises serve_app.keys.KeyFileError."""
+        return KeyRing(self.keys_file, self.keys) if self.required else None
+
+    def address_error(self, host: str | None) -> str | None:
+        """Why the service must not listen on this address; None if it may. host None: there is no HTTP."""
+        return address_error(host, self.required, self.allow_anonymous_on_public_address)
 
 
 class Defaults(Strict):

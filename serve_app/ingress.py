@@ -28,12 +28,17 @@ from serve_app.status import Status
 
 
 def create_app(
-    backend: Backend, config: AppConfig, warnings: Sequence[str] = (), *, behind_serve: bool = False
+    backend: Backend,
+    config: AppConfig,
+    warnings: Sequence[str] = (),
+    *,
+    behind_serve: bool = False,
+    keys: KeyRing | None = None,
 ) -> FastAPI:
     """The ASGI application.
 
     warnings: what the plan and the environment had to say, shown at /v1/info. behind_serve: see RequestContext.
-    Raises KeyFileError.
+    keys: in place of those that config.auth names. Raises KeyFileError.
     """
     metrics = Metrics()
     app = FastAPI(
@@ -50,8 +55,9 @@ def create_app(
     _add_status_routes(app, Status(backend, config, warnings), metrics)
     _add_forecast_routes(app, Forecasting(backend, config, metrics), Reading(config))
     describe(app)
-    if config.auth.required:
-        app.add_middleware(Authentication, keys=KeyRing(config.auth.keys_file, config.auth.keys), metrics=metrics)
+    keys = keys or config.auth.key_ring()
+    if keys is not None:
+        app.add_middleware(Authentication, keys=keys, metrics=metrics)
     routes = frozenset(getattr(route, "path", "") for route in app.routes)
     app.add_middleware(RequestContext, metrics=metrics, routes=routes, behind_serve=behind_serve)
     return app
