@@ -127,10 +127,7 @@ def series_facts(item: Prepared, values: np.ndarray, window: Window) -> dict[str
 
 
 def bars_json(request: ForecastRequest, items: Sequence[Prepared], bars: Bars) -> dict[str, Any]:
-    """An event of a stream: what the answer will say of these bars, but for the ninth digit.
-
-    How many decimals the answer shows depends on all its bars. final: they will not change.
-    """
+    """An event of a stream: what the answer will say of these bars, but for rounding. final: they will not change."""
     item, values = items[bars.task], bars.values
     if request.repair == "ohlc":
         values, _ = repair_candles(values)

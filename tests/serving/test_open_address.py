@@ -3,11 +3,11 @@
 import pytest
 
 
-def test_a_public_address_without_keys_is_refused(ray_serve, monkeypatch):
+@pytest.mark.usefixtures("ray_serve")
+def test_a_public_address_without_keys_is_refused(monkeypatch):
     from serve_app import app
     from serve_app.config import AppConfig
 
-    _, url = ray_serve
     assert app._bind_host() == "127.0.0.1"
     monkeypatch.setattr(app, "_bind_host", lambda: "0.0.0.0")
     with pytest.raises(app.UnsafeAddressError, match=r"http_options.host is 0\.0\.0\.0.*auth.keys_file"):
