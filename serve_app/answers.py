@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from model.types import COLUMNS, Window
-from serve_app.jobs import Answered, Done
+from serve_app.jobs import Answered, Bars, Done
 from serve_app.prepare import Prepared
 from serve_app.schemas import ForecastRequest, json_safe_level
 
@@ -40,15 +40,32 @@ def forecast_json(
     request: ForecastRequest, items: Sequence[Prepared], seed: int, answered: Answered, warning: str | None
 ) -> dict[str, Any]:
     """The answer of /v1/forecast."""
+    values, repaired = repaired_values(request, answered.done)
+    series = [
+        _series_json(request, item, table, paths.window)
+        for item, table, paths in zip(items, values, answered.done.paths, strict=True)
+    ]
+    return {**answer_head(request, items, seed, answered, warning, repaired), "series": series}
+
+
+def repaired_values(request: ForecastRequest, done: Done) -> tuple[list[np.ndarray], int]:
+    """The paths [S, H, 6] of every series as the request wants them, and how many candles that changed."""
+    if request.repair != "ohlc":
+        return [paths.values for paths in done.paths], 0
+    fixed = [repair_candles(paths.values) for paths in done.paths]
+    return [values for values, _ in fixed], sum(touched for _, touched in fixed)
+
+
+def answer_head(
+    request: ForecastRequest,
+    items: Sequence[Prepared],
+    seed: int,
+    answered: Answered,
+    warning: str | None,
+    repaired: int,
+) -> dict[str, Any]:
+    """What an answer of /v1/forecast says once."""
     done = answered.done
-    repaired = 0
-    series = []
-    for item, paths in zip(items, done.paths, strict=True):
-        values = paths.values
-        if request.repair == "ohlc":
-            values, touched = repair_candles(values)
-            repaired += touched
-        series.append(_series_json(request, item, values, paths.window))
     windows = [paths.window for paths in done.paths]
     first = items[0].task.sampling
     return {
@@ -76,36 +93,60 @@ def forecast_json(
             "repair": request.repair,
         },
         "repaired": repaired,
-        "series": series,
     }
 
 
 def _series_json(request: ForecastRequest, item: Prepared, values: np.ndarray, window: Window) -> dict[str, Any]:
-    sampling = item.task.sampling
-    levels = np.quantile(values, request.quantiles, axis=0)
     decimals = shown_decimals(values)
     answer: dict[str, Any] = {
         "id": item.id,
         "timestamps": list(item.future),
-        "mean": columns_json(values.mean(axis=0), decimals),
-        "quantiles": {
-            json_safe_level(level): columns_json(table, decimals)
-            for level, table in zip(request.quantiles, levels, strict=True)
-        },
+        **_tables_json(request.quantiles, values, decimals),
     }
     if request.return_paths:
         answer["paths"] = [columns_json(path, decimals) for path in values]
-    answer["summary"] = summary(values[:, :, CLOSE], item.candles[:, CLOSE])
-    answer["window"] = {"context_used": window.context_used, "slid": window.slid, "policy": window.policy}
-    answer["parameters"] = {
-        "horizon": item.task.series.horizon,
-        "samples": sampling.samples,
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "seed": sampling.seed,
+    return {**answer, **series_facts(item, values, window)}
+
+
+def series_facts(item: Prepared, values: np.ndarray, window: Window) -> dict[str, Any]:
+    """What an answer says of a series beside its tables. values: [S, H, 6]."""
+    sampling = item.task.sampling
+    return {
+        "id": item.id,
+        "summary": summary(values[:, :, CLOSE], item.candles[:, CLOSE]),
+        "window": {"context_used": window.context_used, "slid": window.slid, "policy": window.policy},
+        "parameters": {
+            "horizon": item.task.series.horizon,
+            "samples": sampling.samples,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+        },
     }
-    return answer
+
+
+def bars_json(request: ForecastRequest, items: Sequence[Prepared], bars: Bars) -> dict[str, Any]:
+    """An event of a stream: what the answer will say of these bars, but for rounding. final: they will not change."""
+    item, values = items[bars.task], bars.values
+    if request.repair == "ohlc":
+        values, _ = repair_candles(values)
+    return {
+        "id": item.id,
+        "series": bars.task,
+        "first": bars.first,
+        "timestamps": list(item.future[bars.first : bars.first + values.shape[1]]),
+        **_tables_json(request.quantiles, values, shown_decimals(values)),
+        "final": True,
+    }
+
+
+def _tables_json(levels: Sequence[float], values: np.ndarray, decimals: Sequence[int]) -> dict[str, Any]:
+    tables = zip(levels, np.quantile(values, levels, axis=0), strict=True)
+    return {
+        "mean": columns_json(values.mean(axis=0), decimals),
+        "quantiles": {json_safe_level(level): columns_json(table, decimals) for level, table in tables},
+    }
 
 
 def shown_decimals(values: np.ndarray) -> list[int]:

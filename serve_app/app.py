@@ -10,17 +10,20 @@ import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
+from ray.serve.context import _get_global_client  # no public way to the address; serve.status() does not hold it
 from ray.serve.handle import DeploymentHandle
 
 from cluster.plan import GroupRequest, Plan, PlannedGroup, Scale, plan_groups, probe_resources
 from serve_app.cluster_watch import ClusterWatch
-from serve_app.config import AppConfig, GroupConfig
+from serve_app.config import AppConfig, AuthConfig, GroupConfig
 from serve_app.deployment import KronosReplica, MakeFactory
 from serve_app.draining import Drain
 from serve_app.engine import EngineFactory
 from serve_app.ingress import create_app
+from serve_app.limits import ClientLimits
 from serve_app.live_config import InvalidUserConfigError, LiveConfig
 from serve_app.logs import configure_logging, log
 from serve_app.metrics import Metrics
@@ -48,6 +51,9 @@ class Ingress:
         self._live = live
         self._config = config = live.current
         configure_logging(config.log_level)
+        _require_safe_address(config.auth)
+        self._keys = config.auth.key_ring()
+        self._clients = ClientLimits(config.limits)
         self._plan = plan
         self._metrics = Metrics()
         self._drain = Drain()
@@ -70,6 +76,7 @@ class Ingress:
         """From now on new requests are answered under this configuration; those under way end under theirs."""
         self._config = config
         self._backend.replica_wait_s = config.limits.replica_wait_s
+        self._clients.limits = config.limits
         self._app = create_app(
             self._backend,
             config,
@@ -77,6 +84,8 @@ class Ingress:
             behind_serve=True,
             metrics=self._metrics,
             drain=self._drain,
+            keys=self._keys,
+            clients=self._clients,
         )
         log(logging.INFO, "effective settings", settings=public_settings(config), groups=self._backend.groups())
 
@@ -125,9 +134,30 @@ class Ingress:
 def build_app(args: AppConfig) -> serve.Application:
     """The application that the configuration, the environment and the cluster's resources make together.
 
-    Raises serve_app.environment.EnvironmentVariableError for a KRONOS_ variable that its setting does not accept.
+    Raises serve_app.environment.EnvironmentVariableError for a KRONOS_ variable that its setting does not accept,
+    UnsafeAddressError, and serve_app.keys.KeyFileError.
     """
+    # Told here, a mistake is an answer; in the ingress's constructor it would be tried again and again.
+    config = LiveConfig(args, os.environ).current
+    _require_safe_address(config.auth)
+    config.auth.key_ring()
     return assemble(args, os.environ, probe_resources())
+
+
+class UnsafeAddressError(ValueError):
+    """The service would be open to a network, without keys and without anybody having said so."""
+
+
+def _require_safe_address(auth: AuthConfig) -> None:
+    if error := auth.address_error(_bind_host()):
+        raise UnsafeAddressError(error)
+
+
+def _bind_host() -> str | None:
+    """The address that Serve's HTTP proxy listens on; None where there is none yet, or none at all."""
+    # Asking starts a cluster where there is none.
+    client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    return client.http_config.host if client else None
 
 
 def assemble(

@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from serve_app.errors import ServiceError
+from serve_app.errors import ServiceError, clip_text
+
+JSON = "application/json"
+ARROW = "application/vnd.apache.arrow.stream"
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body. Raises ServiceError: not_json, content_encoding, body_too_large, malformed_json (cut short)."""
+def body_kind(request: Request, kinds: Sequence[str]) -> str:
+    """Which of the media types the body has. Raises ServiceError not_json, content_encoding."""
     kind = request.headers.get("content-type", "").split(";", 1)[0].strip().lower()
-    if kind != "application/json":
-        raise ServiceError("not_json", "send JSON with Content-Type: application/json")
+    if kind not in kinds:
+        raise ServiceError("not_json", f"send the body with Content-Type: {' or '.join(kinds)}")
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise ServiceError("content_encoding", "send the body without Content-Encoding")
+    return kind
+
+
+async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
+    """The whole body. Raises ServiceError: body_too_large, body_timeout, malformed_json (cut short)."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > max_bytes:
         raise _too_large(max_bytes)
     # Counted as it arrives: a chunked body declares no length, and a declared one may lie.
     chunks, size = [], 0
     try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > max_bytes:
-                raise _too_large(max_bytes)
-            chunks.append(chunk)
+        async with asyncio.timeout(timeout_s):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > max_bytes:
+                    raise _too_large(max_bytes)
+                chunks.append(chunk)
+    except TimeoutError:
+        raise ServiceError("body_timeout", f"the body did not arrive within {timeout_s:g} s") from None
     except ClientDisconnect:
         raise ServiceError("malformed_json", "the body was cut short") from None
     return b"".join(chunks)
@@ -57,6 +71,8 @@ def parse_json(body: bytes) -> Any:
         raise ServiceError(
             "malformed_json", f"the body is not JSON: {error.msg}, line {error.lineno} column {error.colno}"
         ) from None
+    except _DuplicateKeyError as error:
+        raise ServiceError("malformed_json", f"an object of the body has the key {str(error)!r} twice") from None
     except RecursionError:
         raise ServiceError("malformed_json", "the body is nested too deeply") from None
     except UnicodeEncodeError:
@@ -64,11 +80,23 @@ def parse_json(body: bytes) -> Any:
     return value
 
 
+class _DuplicateKeyError(ValueError):
+    """An object says one thing twice; which of the two was meant cannot be known."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise _DuplicateKeyError(clip_text(counts.most_common(1)[0][0]))
+    return found
+
+
 def _loads(text: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return json.loads(text, object_pairs_hook=_unique)
+    except (json.JSONDecodeError, _DuplicateKeyError):
         raise
     except ValueError:
         # An integer with more digits than Python converts. As a float it is infinite, which the schemas refuse.
-        return json.loads(text, parse_int=float)
+        return json.loads(text, parse_int=float, object_pairs_hook=_unique)

@@ -20,13 +20,17 @@ SMALLEST_PRICE = 1e-15
 
 
 def number_column(raw: Any, name: str) -> np.ndarray:
-    """A JSON list of numbers as float64 [T], valid as column `name`: prices positive, volume and amount not negative.
+    """A list of numbers, or a float64 array, as float64 [T] that is valid as column `name`.
 
-    Raises pydantic's ValidationError with field errors whose loc is the row.
+    Prices are positive, volume and amount not negative. Raises pydantic's ValidationError with field errors, whose loc
+    is the row.
     """
-    if not isinstance(raw, list):
+    if isinstance(raw, np.ndarray):
+        column, faults = _checked(raw, name)
+    elif isinstance(raw, list):
+        column, faults = _column(raw, name)
+    else:
         raise value_errors([FieldError((), "not_a_list", "must be a list of numbers")])
-    column, faults = _column(raw, name)
     if faults:
         raise value_errors(faults)
     return column
@@ -94,11 +98,16 @@ def _column(raw: list[Any], name: str) -> tuple[np.ndarray, list[FieldError]]:
             column = np.array(raw, dtype=np.float64)
         except OverflowError:
             return np.empty(0), _faults(raw, name)
-        lowest = SMALLEST_PRICE if name in PRICES else 0.0
-        # NaN fails both comparisons.
-        if ((column >= lowest) & (column <= LARGEST)).all():
-            return column, []
+        return _checked(column, name)
     return np.empty(0), _faults(raw, name)
+
+
+def _checked(column: np.ndarray, name: str) -> tuple[np.ndarray, list[FieldError]]:
+    lowest = SMALLEST_PRICE if name in PRICES else 0.0
+    # NaN fails both comparisons.
+    if ((column >= lowest) & (column <= LARGEST)).all():
+        return column, []
+    return np.empty(0), _faults(column.tolist(), name)
 
 
 def _faults(raw: list[Any], name: str) -> list[FieldError]:

@@ -2,6 +2,7 @@
 
 python -m serve_app.cli check-config serve_config.yaml [--port-free]
 python -m serve_app.cli reconfigure serve_config.yaml [--address http://127.0.0.1:8265]
+python -m serve_app.cli new-key NAME [--scope predict] [--scope admin] [--per-minute N] [--concurrent N]
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from serve_app.config import AppConfig, nearest
+from serve_app.config import AppConfig, AuthConfig, nearest
 from serve_app.environment import EnvironmentVariableError
+from serve_app.keys import PREDICT, SCOPES, KeyFileError, new_key
 from serve_app.live_config import InvalidUserConfigError, LiveConfig
 from serve_app.reconfigure import RestartNeededError, reconfigure
 
@@ -41,8 +43,10 @@ def check_config(path: str, environ: Mapping[str, str]) -> tuple[list[str], list
     if not isinstance(data, dict):
         return [f"{path} does not hold a mapping"], []
     errors = _unknown_keys(data, ServeDeploySchema, ())
+    host = None
     try:
-        ServeDeploySchema.model_validate(data)
+        # Left out, it is 0.0.0.0.
+        host = ServeDeploySchema.model_validate(data).http_options.host
     except ValidationError as error:
         errors += _texts(error, ())
     warnings: list[str] = []
@@ -54,6 +58,7 @@ def check_config(path: str, environ: Mapping[str, str]) -> tuple[list[str], list
         try:
             live = LiveConfig(AppConfig.model_validate(application.get("args") or {}), environ)
             warnings += live.warnings
+            errors += _auth_errors(live.current.auth, host)
             for deployment in application.get("deployments") or []:
                 live.update(deployment.get("user_config") or {})
         except ValidationError as error:
@@ -61,6 +66,15 @@ def check_config(path: str, environ: Mapping[str, str]) -> tuple[list[str], list
         except (EnvironmentVariableError, InvalidUserConfigError) as error:
             errors.append(str(error))
     return errors, warnings
+
+
+def _auth_errors(auth: AuthConfig, host: str | None) -> list[str]:
+    errors = [auth.address_error(host)]
+    try:
+        auth.key_ring()
+    except KeyFileError as error:
+        errors.append(f"auth: {error}")
+    return [error for error in errors if error]
 
 
 def _unknown_keys(data: Any, schema: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:
@@ -106,42 +120,73 @@ def port_errors(path: str) -> list[str]:
     return [text] if taken else []
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the process's exit status: 0 fine, 1 errors were found."""
-    parser = argparse.ArgumentParser(prog="python -m serve_app.cli", description=__doc__.split("\n", 1)[0])
-    commands = parser.add_subparsers(required=True, dest="command")
-    check = commands.add_parser("check-config", help="check a Serve configuration strictly, without starting anything")
-    check.add_argument("path", nargs="?", default="serve_config.yaml")
-    check.add_argument("--port-free", action="store_true", help="also check that nobody listens on its HTTP port")
-    live = commands.add_parser("reconfigure", help="send models, limits and defaults to a running service, no restart")
-    live.add_argument("path", nargs="?", default="serve_config.yaml")
-    live.add_argument("--address", default=os.environ.get("RAY_DASHBOARD_ADDRESS", "http://127.0.0.1:8265"))
-    options = parser.parse_args(arguments)
+def _checked(options: argparse.Namespace) -> bool:
+    """Says what is wrong with the file; True if nothing is."""
     errors, warnings = check_config(options.path, os.environ)
-    if options.command == "check-config" and options.port_free and not errors:
+    if getattr(options, "port_free", False) and not errors:
         errors = port_errors(options.path)
     for warning in warnings:
         print(f"warning: {warning}")
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
-    if errors:
+    return not errors
+
+
+def _check(options: argparse.Namespace) -> int:
+    if not _checked(options):
         return 1
-    if options.command == "reconfigure":
-        return _reconfigure(options.path, options.address)
     print(f"{options.path} is fine")
     return 0
 
 
-def _reconfigure(path: str, address: str) -> int:
-    with open(path, encoding="utf-8") as file:
+def _reconfigure(options: argparse.Namespace) -> int:
+    if not _checked(options):
+        return 1
+    with open(options.path, encoding="utf-8") as file:
         data = yaml.safe_load(file)
     try:
-        lines = reconfigure(address, data, BUILDER)
+        lines = reconfigure(options.address, data, BUILDER)
     except (RestartNeededError, ConnectionError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print("\n".join(lines))
     return 0
+
+
+def _new_key(options: argparse.Namespace) -> int:
+    given = {"per_minute": options.per_minute, "concurrent": options.concurrent}
+    limits = [f"{name}={value}" for name, value in given.items() if value is not None]
+    try:
+        secret, line = new_key(options.name, options.scope or [PREDICT], limits)
+    except KeyFileError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"The key, for the client; it is shown this once and stored nowhere:\n\n  {secret}\n")
+    print(f"The line for the file that auth.keys_file or KRONOS_API_KEYS_FILE names:\n\n{line}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the process's exit status: 0 fine, 1 errors were found."""
+    parser = argparse.ArgumentParser(prog="python -m serve_app.cli", description=__doc__.split("\n", 1)[0])
+    commands = parser.add_subparsers(required=True)
+    check = commands.add_parser("check-config", help="check a Serve configuration strictly, without starting anything")
+    check.add_argument("path", nargs="?", default="serve_config.yaml")
+    check.add_argument("--port-free", action="store_true", help="also check that nobody listens on its HTTP port")
+    check.set_defaults(run=_check)
+    live = commands.add_parser("reconfigure", help="send models, limits and defaults to a running service, no restart")
+    live.add_argument("path", nargs="?", default="serve_config.yaml")
+    live.add_argument("--address", default=os.environ.get("RAY_DASHBOARD_ADDRESS", "http://127.0.0.1:8265"))
+    live.set_defaults(run=_reconfigure)
+    key = commands.add_parser("new-key", help="make an API key")
+    key.add_argument("name", help="who it is for; shown in logs")
+    key.add_argument("--scope", action="append", choices=SCOPES, help="what it may (default: predict)")
+    key.add_argument("--per-minute", type=int, help="its own rate limit; 0 is none")
+    key.add_argument("--concurrent", type=int, help="its own limit of requests at once; 0 is none")
+    key.set_defaults(run=_new_key)
+    options = parser.parse_args(arguments)
+    status: int = options.run(options)
+    return status
 
 
 if __name__ == "__main__":

@@ -1,18 +1,32 @@
-"""A small client of the HTTP interface. No Ray, no torch, no pandas.
+"""A small client of the HTTP interface. No Ray, no torch; pyarrow only for tables.
 
 with KronosClient("http://127.0.0.1:8000") as client:
     answer = client.forecast(timestamps=times, close=close, open=open_, high=high, low=low, horizon=24, samples=30)
     print(answer["series"][0]["summary"])
+
+A request is sent again when the service is full, not ready, or its connection breaks, as long as the time limit allows:
+forecasts change nothing, and the seed is fixed before the first try, so that every try has the same answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+import json
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
+if TYPE_CHECKING:
+    import pyarrow
+
+ARROW = "application/vnd.apache.arrow.stream"
 _SERIES_FIELDS = ("timestamps", "open", "high", "low", "close", "volume", "amount", "future_timestamps")
+_AGAIN = (429, 503)
+"""Statuses that mean: not now."""
+_PAUSE_S = 0.5
+"""Before the second try, where the service names no time; doubled for each one after."""
 
 
 class KronosError(Exception):
@@ -20,29 +34,35 @@ class KronosError(Exception):
 
 
 class KronosConnectionError(KronosError):
-    """No answer came."""
+    """No answer came, or only a part of one."""
 
 
 class KronosResponseError(KronosError):
-    """An answer other than 2xx.
+    """An answer other than 2xx, or a stream that ended with an error (its status is 200).
 
     status, code, request_id: as in the error body. fields: [{"loc": […], "code": …, "message": …}].
     retry_after_s: how long the service asks to wait, if it does.
     """
 
-    def __init__(self, response: httpx.Response) -> None:
+    def __init__(self, status: int, error: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+        self.status = status
+        self.code: str = error["code"]
+        self.request_id: str = error.get("request_id") or headers.get("x-request-id", "")
+        self.fields: list[dict[str, Any]] = error.get("fields", [])
+        retry = headers.get("retry-after", "")
+        self.retry_after_s = float(retry) if retry.isdecimal() else None
+        super().__init__(f"{self.status} {self.code}: {error['message']}")
+
+    @classmethod
+    def of(cls, response: httpx.Response) -> Self:
+        """The error that a response, already read, tells."""
         try:
             error = response.json()["error"]
+            return cls(response.status_code, error, response.headers)
         except (ValueError, KeyError, TypeError):
             # A proxy in between, or Ray's own while the application starts, answers in its own words.
             error = {"code": f"http_{response.status_code}", "message": response.text[:200]}
-        self.status = response.status_code
-        self.code: str = error["code"]
-        self.request_id: str = error.get("request_id") or response.headers.get("x-request-id", "")
-        self.fields: list[dict[str, Any]] = error.get("fields", [])
-        retry = response.headers.get("retry-after", "")
-        self.retry_after_s = float(retry) if retry.isdecimal() else None
-        super().__init__(f"{self.status} {self.code}: {error['message']}")
+            return cls(response.status_code, error, response.headers)
 
 
 class KronosClient:
@@ -52,10 +72,16 @@ class KronosClient:
         self,
         base_url: str = "http://127.0.0.1:8000",
         *,
+        api_key: str | None = None,
         timeout_s: float = 130.0,
+        retries: int = 2,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._http = httpx.Client(base_url=base_url, timeout=timeout_s, transport=transport)
+        """timeout_s: of a whole call, retries and the waits between them included. retries: 0 is one try only."""
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(base_url=base_url, headers=headers, transport=transport)
+        self._timeout_s = timeout_s
+        self._retries = retries
 
     def __enter__(self) -> Self:
         return self
@@ -80,11 +106,61 @@ class KronosClient:
         volume, amount, future_timestamps) by name. settings: every other field of the body, such as horizon or seed.
         device: "cpu" or "gpu" to pick a replica group.
         """
-        if series is None:
-            series = [{name: settings.pop(name) for name in _SERIES_FIELDS if name in settings}]
-        body = {"series": [dict(item) for item in series], **settings}
-        answer: dict[str, Any] = self._post("/v1/forecast", body, device, request_id)
+        answer: dict[str, Any] = self._post("/v1/forecast", _forecast_body(series, settings), device, request_id)
         return answer
+
+    def stream(
+        self,
+        series: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        device: str | None = None,
+        request_id: str | None = None,
+        **settings: Any,
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """POST /v1/forecast with `stream`: yields ("bars", bars that are final) and at the end ("answer", the whole).
+
+        Arguments as in forecast(). Closing the iterator ends the computing.
+        """
+        body = {**_forecast_body(series, settings), "stream": True}
+        headers = _headers(device, request_id)
+        with _Response(self, "POST", "/v1/forecast", json=body, headers=headers) as response:
+            for name, data in _events(response):
+                if name == "error":
+                    raise KronosResponseError(response.status_code, data["error"], response.headers)
+                yield name, data
+                if name == "answer":
+                    return
+        raise KronosConnectionError("POST /v1/forecast: the stream ended without an answer")
+
+    def forecast_table(
+        self, table: pyarrow.Table, *, device: str | None = None, request_id: str | None = None, **settings: Any
+    ) -> pyarrow.Table:
+        """POST /v1/forecast as Arrow in both directions: for many series, or with return_paths.
+
+        table: columns series_id, timestamp, open, high, low, close, and volume and amount if known; one row per bar.
+        Returns columns series_id, timestamp, kind (mean | quantile | path), level, path and the six of a candle; the
+        rest of the answer is json.loads(table.schema.metadata[b"kronos"]).
+        """
+        import pyarrow as pa
+
+        about = json.dumps(_with_seed(settings))
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"kronos": about})
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        headers = {**_headers(device, request_id), "Content-Type": ARROW, "Accept": ARROW}
+        content = sink.getvalue().to_pybytes()
+        with _Response(self, "POST", "/v1/forecast", content=content, headers=headers) as response:
+            return pa.ipc.open_stream(_read(response)).read_all()
+
+    def forecast_frame(
+        self, frame: Any, *, device: str | None = None, request_id: str | None = None, **settings: Any
+    ) -> Any:
+        """forecast_table for pandas: a long DataFrame in, a long DataFrame out; its index is not sent."""
+        import pyarrow as pa
+
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        return self.forecast_table(table, device=device, request_id=request_id, **settings).to_pandas()
 
     def predict(
         self,
@@ -119,37 +195,108 @@ class KronosClient:
         return answer
 
     def models(self) -> list[dict[str, Any]]:
-        models: list[dict[str, Any]] = self._json(self._send("GET", "/v1/models"))["models"]
+        models: list[dict[str, Any]] = self._get("/v1/models")["models"]
         return models
 
     def replicas(self) -> list[dict[str, Any]]:
-        replicas: list[dict[str, Any]] = self._json(self._send("GET", "/v1/replicas"))["replicas"]
+        replicas: list[dict[str, Any]] = self._get("/v1/replicas")["replicas"]
         return replicas
 
     def info(self) -> dict[str, Any]:
-        info: dict[str, Any] = self._json(self._send("GET", "/v1/info"))
+        info: dict[str, Any] = self._get("/v1/info")
         return info
 
     def ready(self) -> bool:
-        """True if the service takes forecasts; False while it loads, or if nobody answers."""
+        """True if the service takes forecasts; False while it loads, or if nobody answers. One try."""
         try:
-            return self._send("GET", "/v1/readyz").status_code == 200
-        except KronosConnectionError:
+            return self._http.get("/v1/readyz", timeout=self._timeout_s).status_code == 200
+        except httpx.TransportError:
             return False
 
     def _post(self, path: str, body: Any, device: str | None, request_id: str | None) -> Any:
-        given = {"X-Kronos-Device": device, "X-Request-ID": request_id}
-        headers = {name: value for name, value in given.items() if value is not None}
-        return self._json(self._send("POST", path, json=body, headers=headers))
+        with _Response(self, "POST", path, json=body, headers=_headers(device, request_id)) as response:
+            return json.loads(_read(response))
 
-    def _send(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+    def _get(self, path: str) -> Any:
+        with _Response(self, "GET", path) as response:
+            return json.loads(_read(response))
+
+
+class _Response:
+    """One call: tries until an answer begins, or it makes no sense any more. The answer is closed at the end."""
+
+    def __init__(self, client: KronosClient, method: str, path: str, **request: Any) -> None:
+        self._client = client
+        self._what = f"{method} {path}"
+        self._request = {"method": method, "url": path, **request}
+        self._ends = time.monotonic() + client._timeout_s
+
+    def __enter__(self) -> httpx.Response:
+        for left in range(self._client._retries, -1, -1):
+            pause = _PAUSE_S * 2 ** (self._client._retries - left)
+            try:
+                self._response = self._send()
+                if self._response.is_success:
+                    return self._response
+                error: KronosError = self._refusal()
+                wait = getattr(error, "retry_after_s", None) or pause
+                final = self._response.status_code not in _AGAIN
+            except httpx.TransportError as broken:
+                error = KronosConnectionError(f"{self._what}: {type(broken).__name__}: {broken}")
+                # Out of time: another try would be, too.
+                wait, final = pause, isinstance(broken, httpx.TimeoutException)
+            if final or not left or time.monotonic() + wait >= self._ends:
+                raise error
+            time.sleep(wait)
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._response.close()
+
+    def _send(self) -> httpx.Response:
+        http = self._client._http
+        timeout = max(0.001, self._ends - time.monotonic())
+        return http.send(http.build_request(**self._request, timeout=timeout), stream=True)
+
+    def _refusal(self) -> KronosResponseError:
         try:
-            return self._http.request(method, path, **kwargs)
-        except httpx.TransportError as error:
-            raise KronosConnectionError(f"{method} {path}: {type(error).__name__}: {error}") from error
+            self._response.read()
+            return KronosResponseError.of(self._response)
+        finally:
+            self._response.close()
 
-    @staticmethod
-    def _json(response: httpx.Response) -> Any:
-        if not response.is_success:
-            raise KronosResponseError(response)
-        return response.json()
+
+def _read(response: httpx.Response) -> bytes:
+    try:
+        return response.read()
+    except httpx.TransportError as error:
+        raise KronosConnectionError(f"the answer broke off: {type(error).__name__}: {error}") from error
+
+
+def _events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
+    name = ""
+    try:
+        for line in response.iter_lines():
+            field, _, value = line.partition(": ")
+            if field == "event":
+                name = value
+            elif field == "data":
+                yield name, json.loads(value)
+    except httpx.TransportError as error:
+        raise KronosConnectionError(f"the stream broke off: {type(error).__name__}: {error}") from error
+
+
+def _forecast_body(series: Sequence[Mapping[str, Any]] | None, settings: dict[str, Any]) -> dict[str, Any]:
+    if series is None:
+        series = [{name: settings.pop(name) for name in _SERIES_FIELDS if name in settings}]
+    return {"series": [dict(item) for item in series], **_with_seed(settings)}
+
+
+def _with_seed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The seed is drawn here if there is none: a second try has to ask the same question."""
+    return settings if settings.get("seed") is not None else {**settings, "seed": secrets.randbelow(2**53)}
+
+
+def _headers(device: str | None, request_id: str | None) -> dict[str, str]:
+    given = {"X-Kronos-Device": device, "X-Request-ID": request_id}
+    return {name: value for name, value in given.items() if value is not None}

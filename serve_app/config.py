@@ -10,8 +10,11 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+from model.engine.types import WindowPolicy
+from serve_app.keys import KeyRing, address_error, parse_keys
 
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,4})?")
@@ -25,9 +28,9 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 class Strict(BaseModel):
-    """A section of the configuration."""
+    """A section of the configuration. Errors do not show what was given: it may be a secret in the wrong place."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -55,6 +58,10 @@ def _check_device(device: str) -> str:
 
 
 Device = Annotated[str, AfterValidator(_check_device)]
+
+
+def _check_window(policy: str) -> str:
+    return str(WindowPolicy.parse(policy))
 
 
 class ModelConfig(Strict):
@@ -184,13 +191,56 @@ class Limits(Strict):
     max_samples: int = Field(default=512, ge=1)
     max_quantiles: int = Field(default=32, ge=1)
     max_cost: int = Field(default=262_144, ge=1, description="samples × horizon, summed over the series")
+    max_concurrent: int = Field(
+        default=512, ge=1, description="forecast requests in work at once, per ingress process; more are a 429"
+    )
+    max_concurrent_per_client: int = Field(
+        default=0, ge=0, description="the same per API key, or per address where there are no keys; 0 is off"
+    )
+    body_timeout_s: float = Field(default=30.0, gt=0, description="a body that takes longer to arrive is a 408")
     request_timeout_s: float = Field(default=120.0, gt=0)
     inference_timeout_s: float = Field(default=110.0, gt=0)
     replica_wait_s: float = Field(default=20.0, ge=0, description="wait for a replica if there is none, then 503")
     load_wait_s: float = Field(default=10.0, ge=0, description="wait for a model that is being loaded, then 503")
     load_retry_s: float = Field(default=30.0, gt=0, description="pause before a failed checkpoint is tried again")
-    rate_limit_per_minute: int = Field(default=0, ge=0, description="forecast requests per client address; 0 is off")
-    security_enabled: bool = Field(default=True, description="the rate limit and the watch for suspicious requests")
+    rate_limit_per_minute: int = Field(
+        default=0, ge=0, description="forecast requests per API key or address; 0 is off"
+    )
+    security_enabled: bool = Field(
+        default=True, description="the limits per client; API keys and the total limits hold in any case"
+    )
+
+
+class AuthConfig(Strict):
+    """Who may ask; see docs/security.md. Without keys everybody may, and only the loopback address is listened on.
+
+    keys_file: one line per API key, as `python -m serve_app.cli new-key` prints it; read again when it changes.
+    keys: the same lines as text, for the environment variable KRONOS_API_KEYS; hashes, never keys.
+    allow_anonymous_on_public_address: true serves anybody who can reach a public address, without keys.
+    """
+
+    keys_file: str | None = None
+    keys: str = ""
+    allow_anonymous_on_public_address: bool = False
+
+    @field_validator("keys")
+    @classmethod
+    def _readable(cls, keys: str) -> str:
+        parse_keys(keys)
+        return keys
+
+    @property
+    def required(self) -> bool:
+        """True if requests need a key."""
+        return bool(self.keys_file or self.keys.strip())
+
+    def key_ring(self) -> KeyRing | None:
+        """The keys in force; None if there are none. Reads the file. Raises serve_app.keys.KeyFileError."""
+        return KeyRing(self.keys_file, self.keys) if self.required else None
+
+    def address_error(self, host: str | None) -> str | None:
+        """Why the service must not listen on this address; None if it may. host None: there is no HTTP."""
+        return address_error(host, self.required, self.allow_anonymous_on_public_address)
 
 
 class Defaults(Strict):
@@ -201,6 +251,9 @@ class Defaults(Strict):
     top_k: int = Field(default=0, ge=0)
     top_p: float = Field(default=0.9, gt=0, le=1)
     sample_count: int = Field(default=1, ge=1)
+    window: Annotated[str, AfterValidator(_check_window)] = Field(
+        default="exact", description="what happens when a forecast outgrows the context: exact, hop:K or fit"
+    )
 
 
 LIVE = ("models", "default_model", "models_root", "limits", "defaults")
@@ -224,6 +277,7 @@ class AppConfig(Strict):
     groups: GroupsConfig = GroupsConfig()
     ingress: IngressConfig = IngressConfig()
     limits: Limits = Limits()
+    auth: AuthConfig = AuthConfig()
     defaults: Defaults = Defaults()
     clip: float = Field(default=5.0, gt=0)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

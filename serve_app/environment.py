@@ -26,6 +26,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "KRONOS_REQUEST_TIMEOUT": ("limits", "request_timeout_s"),
     "KRONOS_RATE_LIMIT_PER_MINUTE": ("limits", "rate_limit_per_minute"),
     "KRONOS_SECURITY_ENABLED": ("limits", "security_enabled"),
+    "KRONOS_API_KEYS_FILE": ("auth", "keys_file"),
+    "KRONOS_API_KEYS": ("auth", "keys"),
     "KRONOS_DEFAULT_PRED_LEN": ("defaults", "pred_len"),
     "KRONOS_DEFAULT_TEMPERATURE": ("defaults", "temperature"),
     "KRONOS_DEFAULT_TOP_K": ("defaults", "top_k"),

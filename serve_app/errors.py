@@ -18,16 +18,21 @@ MAX_ECHO = 64
 
 STATUS = {
     "malformed_json": 400,
+    "malformed_arrow": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
     "unknown_model": 404,
     "unknown_route": 404,
     "method_not_allowed": 405,
     "deadline_passed": 408,
+    "body_timeout": 408,
     "body_too_large": 413,
     "cost_over_limit": 413,
     "not_json": 415,
     "content_encoding": 415,
     "invalid_fields": 422,
     "rate_limited": 429,
+    "concurrency_limited": 429,
     "queue_full": 429,
     "internal": 500,
     "draining": 503,
@@ -39,6 +44,7 @@ STATUS = {
 
 RETRY_AFTER_S = {
     "rate_limited": 60.0,
+    "concurrency_limited": 1.0,
     "queue_full": 1.0,
     "draining": 15.0,
     "model_unavailable": 30.0,
@@ -46,6 +52,14 @@ RETRY_AFTER_S = {
     "not_ready": 2.0,
 }
 """Seconds that a client is told to wait, where the error does not say it better."""
+
+HEADERS = {
+    "unauthorized": {"WWW-Authenticate": 'Bearer realm="kronos"'},
+    # The rest of such a body is not worth reading: it may come drop by drop, or without end.
+    "body_timeout": {"Connection": "close"},
+    "body_too_large": {"Connection": "close"},
+}
+"""Headers that go with an error, Retry-After aside."""
 
 Loc = tuple[str | int, ...]
 
@@ -84,7 +98,8 @@ class ServiceError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+        retry = {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+        return {**HEADERS.get(self.code, {}), **retry}
 
     def body(self, request_id: str) -> dict[str, Any]:
         fields = [field.as_json() for field in self.fields]

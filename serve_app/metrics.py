@@ -30,6 +30,17 @@ CLIENT_GONE = "client_gone"
 FORECAST_ROUTES = ("/v1/forecast", "/v1/predict/single", "/v1/predict/batch")
 _ROWS = (1, 16, 64, 128, 256, 512, 1024, 2048, 8192, 32768, 131072, 524288, 1048576)
 
+SECURITY_EVENTS = (
+    "oversize",
+    "malformed",
+    "suspicious_path",
+    "rate_limited",
+    "concurrency_limited",
+    "slow_body",
+    "unauthorized",
+    "forbidden",
+)
+
 
 class Metrics:
     """The counters of one ingress process. Labels hold no client input: routes are templates, events a fixed list."""
@@ -105,7 +116,7 @@ class Metrics:
         # Shown as 0 before the first event, so that a rate() over them works from the start.
         self.rate_limit_hits.labels(self.container)
         self.size_rejections.labels(self.container)
-        for event in ("oversize", "malformed", "suspicious_path", "rate_limited"):
+        for event in SECURITY_EVENTS:
             self.security_events.labels(event, self.container)
 
     def error(self, code: str) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.connection import ClientGoneError
 from serve_app.errors import ServiceError
+from serve_app.keys import Key
 from serve_app.logs import log
 from serve_app.metrics import Metrics
 
@@ -33,17 +35,27 @@ class Record:
     status: int = 0
     request_size_bytes: int = 0
     response_size_bytes: int = 0
+    key: Key | None = None
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def client(self) -> str:
+        """The name of the key, for the log."""
+        return self.key.name if self.key else "anonymous"
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
 
+def usable_request_id(given: str) -> bool:
+    """True for what may stand in answers and logs: short, printable, without spaces."""
+    return 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable() and " " not in given
+
+
 def request_id_of(headers: Headers) -> str:
-    """The caller's X-Request-ID if it is short and printable, else a new one."""
+    """The caller's X-Request-ID if it is usable, else a new one."""
     given = headers.get("x-request-id", "")
-    usable = 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable() and " " not in given
-    return given if usable else uuid.uuid4().hex
+    return given if usable_request_id(given) else uuid.uuid4().hex
 
 
 class RequestContext:
@@ -77,16 +89,22 @@ class RequestContext:
                 if add_id:
                     answer["X-Request-ID"] = record.request_id
                 answer.setdefault("Server-Timing", NOTHING_COMPUTED)
+                answer["X-Content-Type-Options"] = "nosniff"
             elif message["type"] == "http.response.body":
                 record.response_size_bytes += len(message.get("body", b""))
             await send(message)
 
         try:
             await self.app(scope, receive, send_recorded)
-        except asyncio.CancelledError:
-            record.status = CLIENT_GONE
+        except (asyncio.CancelledError, ClientGoneError) as error:
+            begun, record.status = record.status != 0, CLIENT_GONE
             record.details.update(error_type="client_gone", error_message="the client closed the connection")
-            raise
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            # Nobody reads it, but Ray's proxy counts on every request having an answer.
+            if not begun:
+                await send({"type": "http.response.start", "status": CLIENT_GONE, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
         except Exception as error:
             # The last line of defence: a client never sees a stack, the log always does.
             record.details.update(error_type=type(error).__name__, error_message=str(error)[:500])
@@ -95,7 +113,7 @@ class RequestContext:
             )
             if record.status:
                 raise  # the answer has begun; only closing the connection tells the client that it is not whole
-            await _send_error(send_recorded, ServiceError("internal", "internal error; quote the request id"), record)
+            await _send(send_recorded, ServiceError("internal", "internal error; quote the request id"), record)
         finally:
             self._close(record, scope)
 
@@ -114,6 +132,7 @@ class RequestContext:
             method=scope["method"],
             route=record.route,
             status_code=record.status,
+            client=record.client,
             latency_ms=round(seconds * 1000, 2),
             request_size_bytes=record.request_size_bytes,
             response_size_bytes=record.response_size_bytes,
@@ -121,8 +140,15 @@ class RequestContext:
         )
 
 
-async def _send_error(send: Send, error: ServiceError, record: Record) -> None:
+async def refuse(send: Send, error: ServiceError, record: Record) -> None:
+    """The answer of a middleware that lets a request go no further."""
+    record.details.update(error_type=error.code, error_message=error.message)
+    await _send(send, error, record)
+
+
+async def _send(send: Send, error: ServiceError, record: Record) -> None:
     body = json.dumps(error.body(record.request_id)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": encoded})
     await send({"type": "http.response.body", "body": body})

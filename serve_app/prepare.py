@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -27,20 +28,23 @@ SEED_SPACE = 2**53
 class Prepared:
     """One series, ready to compute and to answer.
 
-    candles: float64 [T, 6] as given. future: the texts of the H times to forecast.
+    candles: float64 [T, 6] as given. future: the texts of the H times to forecast. local: datetime64[us] [H], the same
+    on the history's wall clock, which is offset from UTC (None: not told).
     """
 
     id: str | None
     task: Task
     candles: np.ndarray
     future: Sequence[str]
+    local: np.ndarray
+    offset: timedelta | None
 
 
 def prepare_predictions(
     items: Sequence[tuple[Loc, PredictRequest]], limits: Limits, defaults: Defaults
 ) -> list[Prepared]:
     """Items of /v1/predict with their places in the body. Raises ServiceError with all field errors found."""
-    _require_count(("items",), len(items), limits)
+    require_count(("items",), len(items), limits)
     faults: list[FieldError] = []
     prepared = []
     for loc, item in items:
@@ -66,22 +70,20 @@ def prepare_predictions(
         bad += _sample_faults((*loc, "overrides", "sample_count"), sampling, limits)
         faults += bad
         if not bad:
-            task = _task(candles, item.timestamps, item.prediction_timestamps.local, sampling)
-            prepared.append(Prepared(item.series_id, task, candles, item.prediction_timestamps.texts))
+            task = _task(candles, item.timestamps, item.prediction_timestamps.local, sampling, defaults.window)
+            future = item.prediction_timestamps
+            prepared.append(Prepared(item.series_id, task, candles, future.texts, future.local, future.offset))
     return _checked(prepared, faults, ("items",) if len(items) > 1 else (), limits)
 
 
 def prepare_forecast(request: ForecastRequest, limits: Limits, defaults: Defaults) -> tuple[list[Prepared], int]:
     """The series of /v1/forecast, and the request's seed. Raises ServiceError with all field errors found."""
-    _require_count(("series",), len(request.series), limits)
+    require_count(("series",), len(request.series), limits)
     faults: list[FieldError] = []
     if len(request.quantiles) > limits.max_quantiles:
         faults.append(FieldError(("quantiles",), "too_many", f"at most {limits.max_quantiles} quantiles"))
     if request.repair not in ("off", "ohlc"):
         faults.append(FieldError(("repair",), "unknown_value", 'must be "off" or "ohlc"'))
-    if request.stream:
-        text = "streaming is not available yet: leave stream out or send false"
-        faults.append(FieldError(("stream",), "not_available", text))
     seed = secrets.randbelow(SEED_SPACE) if request.seed is None else request.seed
     prepared = []
     for index, series in enumerate(request.series):
@@ -111,7 +113,9 @@ def _forecast_series(
     if faults or future is None:
         return None, faults
     name = str(loc[-1]) if series.id is None else series.id
-    return Prepared(name, _task(candles, series.timestamps, future, sampling), candles, texts), []
+    window = series.window or request.window or defaults.window
+    task = _task(candles, series.timestamps, future, sampling, window)
+    return Prepared(name, task, candles, texts, future, series.timestamps.offset), []
 
 
 def _future(
@@ -169,12 +173,13 @@ def _sampling(layers: Sequence[Any], defaults: Defaults, seed: int) -> Sampling:
     )
 
 
-def _task(candles: np.ndarray, times: Times, future: np.ndarray, sampling: Sampling) -> Task:
+def _task(candles: np.ndarray, times: Times, future: np.ndarray, sampling: Sampling, window: str) -> Task:
     series = Series(candles.astype(np.float32), time_marks(times.local), time_marks(future))
-    return Task(series, sampling)
+    return Task(series, sampling, window)
 
 
-def _require_count(loc: Loc, count: int, limits: Limits) -> None:
+def require_count(loc: Loc, count: int, limits: Limits) -> None:
+    """Raises ServiceError if there are more series than one request may hold."""
     if count > limits.max_series:
         raise invalid_fields([FieldError(loc, "too_many", f"at most {limits.max_series} series per request")])
 

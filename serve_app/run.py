@@ -42,6 +42,8 @@ ENVIRONMENT = {
     # A killed proxy is back after 4 s instead of 25.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
+    # Drops the headers by which a client could give Ray's proxy orders: docs/security.md.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy:middlewares",
 }
 """Ray reads these when its processes start; what the caller has set wins."""
 FAST_ENVIRONMENT = {

@@ -22,6 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from model.engine.types import WindowPolicy
 from serve_app.candles import candle_columns, number_column
 from serve_app.times import Times, parse_times
 
@@ -86,6 +87,13 @@ def _levels(values: list[float]) -> list[float]:
     return values
 
 
+def _window(policy: str) -> str:
+    try:
+        return str(WindowPolicy.parse(policy))
+    except ValueError:
+        raise PydanticCustomError("unknown_window", "must be exact, fit or hop:K with K from 1 to 9999") from None
+
+
 Name = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 Horizon = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False), AfterValidator(_temperature)]
@@ -98,6 +106,18 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED, description="absent: one is drawn
 Level = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Milliseconds = Annotated[float, Field(gt=0, le=86_400_000, allow_inf_nan=False)]
 Quantiles = Annotated[list[Level], AfterValidator(_levels)]
+WindowName = Annotated[
+    str,
+    AfterValidator(_window),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "pattern": "^(exact|fit|hop:[1-9][0-9]{0,3})$",
+            "description": "what happens when history and forecast outgrow the model's context: exact recomputes the "
+            "window with every bar, hop:K drops K bars at once, fit starts so late in the history that nothing slides",
+        }
+    ),
+]
 
 
 class Body(BaseModel):
@@ -158,6 +178,7 @@ class ForecastSeries(Body):
     top_k: TopK | None = None
     top_p: TopP | None = None
     seed: Seed | None = None
+    window: WindowName | None = None
 
 
 class ForecastRequest(Body):
@@ -181,10 +202,13 @@ class ForecastRequest(Body):
     top_k: TopK | None = None
     top_p: TopP | None = None
     seed: Seed | None = None
+    window: WindowName | None = None
     quantiles: Quantiles = Field(default=[0.1, 0.5, 0.9], min_length=1)
     return_paths: bool = False
     repair: str = Field(default="off", description='"ohlc" makes every path a valid candle, "off" does not')
-    stream: bool = Field(default=False, description="not available yet")
+    stream: bool = Field(
+        default=False, description="server-sent events: bars as they become final, then the whole answer"
+    )
     deadline_ms: Milliseconds | None = Field(
         default=None, description="408 if it takes longer; the server's own deadline is at /v1/info"
     )
@@ -251,6 +275,18 @@ class SeriesForecast(BaseModel):
     summary: Summary
     window: WindowOut
     parameters: Parameters
+
+
+class ForecastBars(BaseModel):
+    """An event of a stream: bars of one series. series: its position in the request. first: index of the first bar."""
+
+    id: str
+    series: int
+    first: int
+    timestamps: list[str]
+    mean: ColumnsOut
+    quantiles: dict[str, ColumnsOut]
+    final: bool
 
 
 class ModelOut(BaseModel):

@@ -40,12 +40,14 @@ def joined(*warnings: str | None) -> str | None:
 
 
 def public_settings(config: AppConfig) -> dict[str, Any]:
-    """The effective configuration without local paths: /v1/models shows the checksum of what a folder holds."""
+    """The effective configuration without keys and local paths: /v1/models shows the checksum of a folder's model."""
     settings = config.model_dump(mode="json")
     for alias, model in config.models.items():
         settings["models"][alias]["source"] = model.repo
         settings["models"][alias]["tokenizer"] = model.tokenizer_repo
     settings["models_root"] = None if config.models_root is None else "local"
+    allow = config.auth.allow_anonymous_on_public_address
+    settings["auth"] = {"keys_required": config.auth.required, "allow_anonymous_on_public_address": allow}
     return settings
 
 

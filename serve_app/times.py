@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import ValidationError
 
 from serve_app.errors import MAX_FIELD_ERRORS, FieldError, value_errors
 
@@ -49,12 +50,25 @@ class Times:
         return [text.replace("T", separator, 1) + suffix for text in texts.tolist()]
 
 
+@dataclass(frozen=True)
+class ClockTimes:
+    """Timestamps that came as numbers: what parse_times reads beside text.
+
+    local: datetime64[us] [T], the wall clock; NaT is refused. offsets: timedelta64[us] [T], or None without a zone.
+    """
+
+    local: np.ndarray
+    offsets: np.ndarray | None
+
+
 def parse_times(raw: Any) -> Times:
-    """A JSON list of ISO 8601 strings, strictly increasing, all with one UTC offset or all without.
+    """A list of ISO 8601 strings, or ClockTimes: strictly increasing, all with one UTC offset or all without.
 
     Raises pydantic's ValidationError with field errors: not_a_list, not_a_time, mixed_time_zones, unsorted_times,
     duplicate_times.
     """
+    if isinstance(raw, ClockTimes):
+        return _clock_times(raw)
     if not isinstance(raw, list):
         raise value_errors([FieldError((), "not_a_list", "must be a list of ISO 8601 timestamps")])
     try:
@@ -66,13 +80,40 @@ def parse_times(raw: Any) -> Times:
         raise value_errors(_bad_texts(raw))
     offsets = [moment.utcoffset() for moment in moments]
     if len(set(offsets)) > 1:
-        row = next(i for i, offset in enumerate(offsets) if offset != offsets[0])
-        text = "all timestamps of a series must have the same UTC offset, or none: convert them to one (such as UTC)"
-        raise value_errors([FieldError((row,), "mixed_time_zones", text)])
+        raise _mixed_zones(next(i for i, offset in enumerate(offsets) if offset != offsets[0]))
     local = np.array([moment.replace(tzinfo=None) for moment in moments], dtype="datetime64[us]")
     if faults := _order_faults(local):
         raise value_errors(faults)
     return Times(local, offsets[0] if offsets else None, tuple(raw))
+
+
+_FIRST, _LAST = np.datetime64("0001-01-01", "us"), np.datetime64("9999-12-31T23:59:59.999999", "us")
+
+
+def _clock_times(given: ClockTimes) -> Times:
+    local, offsets = given.local, given.offsets
+    # NaT fails both comparisons.
+    bad = np.flatnonzero(~((local >= _FIRST) & (local <= _LAST)))[: MAX_FIELD_ERRORS + 1].tolist()
+    if bad:
+        raise value_errors(FieldError((row,), "not_a_time", "must be a time of the years 1 to 9999") for row in bad)
+    if offsets is not None and (offsets != offsets[0]).any():
+        raise _mixed_zones(int(np.flatnonzero(offsets != offsets[0])[0]))
+    if faults := _order_faults(local):
+        raise value_errors(faults)
+    offset = None if offsets is None or not len(offsets) else offsets[0].item()
+    suffix = "" if offset is None else _offset_text(offset)
+    unit: Literal["us", "s"] = "us" if (local.astype("datetime64[s]") != local).any() else "s"
+    return Times(local, offset, tuple(text + suffix for text in np.datetime_as_string(local, unit=unit).tolist()))
+
+
+def _offset_text(offset: timedelta) -> str:
+    """ "+08:00", as isoformat writes it."""
+    return datetime(2000, 1, 1, tzinfo=timezone(offset)).isoformat()[19:]
+
+
+def _mixed_zones(row: int) -> ValidationError:
+    text = "all timestamps of a series must have the same UTC offset, or none: convert them to one (such as UTC)"
+    return value_errors([FieldError((row,), "mixed_time_zones", text)])
 
 
 def _bad_texts(raw: list[Any]) -> list[FieldError]:

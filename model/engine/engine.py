@@ -176,6 +176,10 @@ class Engine:
         lane.decoded.append(bars)
         if lane.request.on_bars is not None and bars.shape[1]:
             lane.request.on_bars(first, (bars * lane.scale + lane.mean).astype(np.float64))
+        if lane.finished and first:
+            # Decoded again at once: the result has to be, digit for digit, that of a request which was not streamed.
+            lane.decoder_cache, lane.decoded = None, []
+            lane.decoded.append(self._runner.decode(lane))
 
     def _drop_stopped(self) -> bool:
         """Ends the requests whose callers do not want them any more."""

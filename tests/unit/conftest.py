@@ -10,7 +10,7 @@ import pytest
 from model.types import Paths, Window
 from serve_app.config import AppConfig
 from serve_app.ingress import create_app
-from serve_app.jobs import Answered, DeviceFacts, Done, Identity, ReplicaView
+from serve_app.jobs import Answered, Bars, DeviceFacts, Done, Identity, ReplicaView
 
 DEVICE = DeviceFacts(
     device="cpu",
@@ -42,31 +42,62 @@ LOADED = {
 
 
 def fake_paths(task):
-    """Path s stays s/1000 above the last bar; the seed moves it all, so that a test sees which seed was used."""
+    """Path s is s/1000 above the last bar and rises 1e-4 a bar; the seed moves it all, so that a test sees the seed."""
     samples, horizon = task.sampling.samples, task.series.horizon
     last = task.series.candles[-1].astype(np.float64)
     up = 1 + np.arange(samples)[:, None, None] / 1000 + (task.sampling.seed % 1000) / 1e6
-    values = np.broadcast_to(last * up, (samples, horizon, 6)).copy()
-    return Paths(values, np.zeros((samples, horizon, 2), np.int64), Window(min(len(task.series.candles), 512), False))
+    values = np.broadcast_to(last * up, (samples, horizon, 6)) * (1 + np.arange(horizon)[:, None] / 1e4)
+    return Paths(
+        values,
+        np.zeros((samples, horizon, 2), np.int64),
+        Window(min(len(task.series.candles), 512), False, task.window),
+    )
 
 
 class FakeBackend:
     """Answers with fake_paths. `error` is raised instead; `delay_s` passes first; `jobs` holds what was asked."""
 
-    def __init__(self, *, error=None, delay_s=0.0, loaded=True, device_warning=None):
+    def __init__(self, *, error=None, fail_after=0, delay_s=0.0, loaded=True, device_warning=None):
         self.error, self.delay_s, self.loaded, self.device_warning = error, delay_s, loaded, device_warning
-        self.jobs, self.preferred, self.cancelled = [], [], 0
+        self.fail_after = fail_after
+        self.jobs, self.preferred, self.cancelled, self.closed = [], [], 0, 0
 
     async def forecast(self, job, prefer):
         self.jobs.append(job)
         self.preferred.append(prefer)
+        await self._sleep()
+        if self.error is not None:
+            raise self.error
+        return self._answered(job, prefer)
+
+    async def stream(self, job, prefer):
+        """Two bars of every task at a time, after delay_s each; `error` comes after fail_after events."""
+        self.jobs.append(job)
+        self.preferred.append(prefer)
+        answered = self._answered(job, prefer)
+        horizon, sent = max(task.series.horizon for task in job.tasks), 0
+        try:
+            for first in range(0, horizon, 2):
+                await self._sleep()
+                for index, paths in enumerate(answered.done.paths):
+                    if self.error is not None and sent >= self.fail_after:
+                        raise self.error
+                    values = paths.values[:, first : first + 2]
+                    if values.shape[1]:
+                        yield Bars(index, first, values)
+                        sent += 1
+            yield answered
+        finally:
+            self.closed += 1
+
+    async def _sleep(self):
         try:
             await asyncio.sleep(self.delay_s)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
-        if self.error is not None:
-            raise self.error
+
+    def _answered(self, job, prefer):
         done = Done(tuple(fake_paths(task) for task in job.tasks), IDENTITY, DEVICE, "replica", 1.0, 0.5, 20.0)
         warnings = () if prefer in (None, "cpu") else (f"the {prefer} group is not here",)
         return Answered(done, "cpu", warnings)

@@ -1,11 +1,16 @@
 """The client over an in-process service."""
 
 import asyncio
+import json
 
 import httpx
+import pandas as pd
+import pyarrow as pa
 import pytest
 
-from serve_app.client import KronosClient, KronosConnectionError, KronosResponseError
+from serve_app.client import KronosClient, KronosConnectionError, KronosError, KronosResponseError
+from serve_app.errors import ServiceError
+from serve_app.keys import new_key
 
 
 class Bridge(httpx.BaseTransport):
@@ -68,7 +73,100 @@ def test_answers_of_others_and_no_answer():
     def refuse(request):
         raise httpx.ConnectError("refused")
 
-    with KronosClient("http://test", transport=httpx.MockTransport(refuse)) as client:
+    with KronosClient("http://test", transport=httpx.MockTransport(refuse), retries=0) as client:
         assert not client.ready()
         with pytest.raises(KronosConnectionError):
             client.replicas()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """How long the client slept; it does not."""
+    slept = []
+    monkeypatch.setattr("serve_app.client.time.sleep", slept.append)
+    return slept
+
+
+def test_streams(client, columns):
+    *bars, (name, answer) = client.stream(**columns(), horizon=5, samples=3, seed=5)
+    assert [name for name, _ in bars] == ["bars"] * 3
+    assert name == "answer"
+    assert answer == client.forecast(**columns(), horizon=5, samples=3, seed=5)
+    with pytest.raises(KronosResponseError, match="422 invalid_fields"):
+        list(client.stream(**columns(), horizon=0))
+
+
+def test_a_stream_that_fails_or_breaks(make_http, fake_backend, columns):
+    backend = fake_backend(error=ServiceError("no_replica", "lost"), fail_after=1)
+    with KronosClient("http://test", transport=Bridge(make_http(backend).app)) as client:
+        stream = client.stream(**columns(), horizon=5)
+        assert next(stream)[0] == "bars"
+        with pytest.raises(KronosResponseError, match="200 no_replica: lost"):
+            next(stream)
+    short = httpx.MockTransport(lambda request: httpx.Response(200, text="event: bars\ndata: {}\n\n"))
+    client = KronosClient("http://test", transport=short)
+    with client, pytest.raises(KronosConnectionError, match="without an answer"):
+        list(client.stream(**columns()))
+
+
+def test_tables_and_frames(client, columns):
+    frame = pd.DataFrame({"series_id": ["a"] * 8, **columns()}).rename(columns={"timestamps": "timestamp"})
+    answer = client.forecast_frame(frame, horizon=2, samples=3, return_paths=True)
+    assert answer["kind"].value_counts().to_dict() == {"path": 6, "quantile": 6, "mean": 2}
+    table = client.forecast_table(pa.Table.from_pandas(frame), horizon=2, seed=9)
+    facts = json.loads(table.schema.metadata[b"kronos"])
+    assert (facts["seed"], facts["series"][0]["id"]) == (9, "a")
+    with pytest.raises(KronosResponseError, match="422 invalid_fields"):
+        client.forecast_frame(frame.drop(columns="close"))
+
+
+def test_keys(make_http, columns):
+    key, line = new_key("alice", ["predict"])
+    bridge = Bridge(make_http(auth={"keys": line}).app)
+    with KronosClient("http://test", api_key=key, transport=bridge) as client:
+        assert client.models()
+    with KronosClient("http://test", transport=bridge) as client:
+        with pytest.raises(KronosResponseError, match="401 unauthorized"):
+            client.models()
+        assert client.ready()
+
+
+def flaky(*answers):
+    """A transport that gives these answers in turn, and the bodies that it was sent."""
+    bodies, left = [], list(answers)
+
+    def handle(request):
+        bodies.append(json.loads(request.content or b"{}"))
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return httpx.Response(*answer[:1], json={"error": {"code": "c", "message": "m"}}, headers=answer[1])
+
+    return httpx.MockTransport(handle), bodies
+
+
+def test_a_retry_asks_the_same_question_when_it_was_told_to(waits, columns):
+    transport, bodies = flaky((503, {"retry-after": "3"}), httpx.ReadError("gone"), (200, {}))
+    with KronosClient("http://test", transport=transport) as client:
+        client.forecast(**columns())
+    assert waits == [3.0, 1.0]
+    assert bodies[0] == bodies[1] == bodies[2]
+    assert isinstance(bodies[0]["seed"], int)
+
+
+@pytest.mark.parametrize(
+    ("answers", "options"),
+    [
+        ([(429, {"retry-after": "10"})], {"timeout_s": 5}),  # it would be over before
+        ([(422, {})], {}),
+        ([(408, {})], {}),
+        ([httpx.ReadTimeout("late")], {}),
+        ([(429, {})], {"retries": 0}),
+        ([(429, {})] * 3, {}),
+    ],
+)
+def test_when_there_is_no_other_try(waits, answers, options, columns):
+    transport, bodies = flaky(*answers)
+    with KronosClient("http://test", transport=transport, **options) as client, pytest.raises(KronosError):
+        client.forecast(**columns())
+    assert len(bodies) == len(answers)

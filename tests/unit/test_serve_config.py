@@ -69,7 +69,7 @@ def test_the_service_binds_to_this_machine():
         ({"limits": {"max_horizons": 1}}, "did you mean 'max_horizon'"),
         ({"defaults": {"temprature": 1}}, "did you mean 'temperature'"),
         ({"ingress": {"replica": 1}}, "did you mean 'replicas'"),
-        ({"zzz": 1}, "known: clip, default_model"),
+        ({"zzz": 1}, "known: auth, clip, default_model"),
         ({"default_model": "kronos-bundle"}, "did you mean 'kronos-bundled'"),
         ({"models": {"../x": {"source": "bundled"}}, "default_model": "../x"}, "must match"),
         ({"models": {"a": {"source": "bundled", "device": "tpu"}}, "default_model": "a"}, "cuda:N"),
@@ -104,6 +104,9 @@ def test_local_paths_are_not_shown(source, shown):
 # --- KRONOS_ variables ------------------------------------------------------------------------------------------------
 
 
+KEY_LINE = f"alice predict sha256:{'0' * 64}"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "read"),
     [
@@ -114,6 +117,8 @@ def test_local_paths_are_not_shown(source, shown):
         ("REQUEST_TIMEOUT", "8", lambda c: c.limits.request_timeout_s == 8),
         ("RATE_LIMIT_PER_MINUTE", "60", lambda c: c.limits.rate_limit_per_minute == 60),
         ("SECURITY_ENABLED", "false", lambda c: c.limits.security_enabled is False),
+        ("API_KEYS_FILE", "/run/keys", lambda c: c.auth.keys_file == "/run/keys"),
+        ("API_KEYS", KEY_LINE, lambda c: c.auth.keys == KEY_LINE),
         ("DEFAULT_PRED_LEN", "12", lambda c: c.defaults.pred_len == 12),
         ("DEFAULT_TEMPERATURE", "0.6", lambda c: c.defaults.temperature == 0.6),
         ("DEFAULT_TOP_K", "5", lambda c: c.defaults.top_k == 5),

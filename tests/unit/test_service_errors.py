@@ -38,14 +38,14 @@ def test_text_of_a_client_is_cut_and_made_printable():
 
 def test_rate_limit():
     now = [0.0]
-    limiter = RateLimiter(2, clock=lambda: now[0], max_clients=2)
-    assert [limiter.wait_s("a") for _ in range(3)] == [0.0, 0.0, 30.0]
-    assert limiter.wait_s("b") == 0.0
+    limiter = RateLimiter(clock=lambda: now[0], max_clients=2)
+    assert [limiter.wait_s("a", 2) for _ in range(3)] == [0.0, 0.0, 30.0]
+    assert limiter.wait_s("b", 2) == 0.0
     now[0] = 30.0
-    assert limiter.wait_s("a") == 0.0
-    assert limiter.wait_s("a") == 30.0
+    assert limiter.wait_s("a", 2) == 0.0
+    assert limiter.wait_s("a", 2) == 30.0
     now[0] = 1e6
-    assert [limiter.wait_s("a") for _ in range(3)] == [0.0, 0.0, 30.0]
+    assert [limiter.wait_s("a", 2) for _ in range(3)] == [0.0, 0.0, 30.0]
     for name in ("c", "d"):
-        limiter.wait_s(name)
+        limiter.wait_s(name, 2)
     assert len(limiter._buckets) == 2
