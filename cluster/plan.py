@@ -1,15 +1,15 @@
-"""What the cluster has → which replica groups run.
+"""What the cluster has → which replica groups run, and what to say where no GPU is.
 
-`plan_groups` is a pure function, so that every cluster can be planned in a test; `probe_resources` is the one question
-to Ray. A GPU that the cluster does not have is never asked for (Ray would keep the replica waiting for ever), except in
-mode "fixed", which exists to show a node autoscaler the demand.
+Pure functions, so that every cluster can be planned in a test; `probe_resources` is the one question to Ray. In mode
+"auto" the GPU group follows the cluster while the service runs: a GPU that is not there is never asked for (Ray would
+keep the replica waiting for ever). Mode "fixed" exists to show a node autoscaler the demand.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 logger = logging.getLogger(__name__)
@@ -41,26 +41,27 @@ class GroupRequest:
 
 @dataclass(frozen=True)
 class PlannedGroup:
-    """A group that will run."""
+    """A group that exists as a deployment.
+
+    follows_gpus: at most as many replicas as the cluster's GPUs hold at any moment, none without a GPU.
+    """
 
     name: GroupName
     num_cpus: float
     num_gpus: float
     scale: Scale
+    follows_gpus: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The groups that run, in the order of preference, and what differs from what was asked.
-
-    device_warning: why forecasts run on the CPU although a GPU was wanted; carried by every answer. None if nothing was
-    given up.
-    warnings: every deviation, device_warning among them, for the log and /v1/info.
-    """
+    """The groups in the order of preference, and what is likely to go wrong, for the log and /v1/info."""
 
     groups: tuple[PlannedGroup, ...]
-    device_warning: str | None = None
     warnings: tuple[str, ...] = ()
+
+    def group(self, name: str) -> PlannedGroup | None:
+        return next((group for group in self.groups if group.name == name), None)
 
 
 def gpu_slots(total_gpus: float, num_gpus: float) -> int:
@@ -79,58 +80,49 @@ def plan_groups(
     gpu: GroupRequest,
     cpu: GroupRequest,
     gpu_mode: GpuMode = "auto",
-    hybrid: bool = False,
     reserved_cpus: float = 0.0,
 ) -> Plan:
-    """Decides which groups run on a cluster with these resources.
+    """Decides which groups exist. The CPU group always does: it answers where the GPU group does not.
 
     resources: Ray's totals, such as {"CPU": 8.0, "GPU": 2.0}; None if the cluster could not be asked.
-    gpu_mode: "auto" runs the GPU group if at least one replica fits, "fixed" always (with a CPU group beside it, which
-        serves until the GPU is there), "off" never.
-    hybrid: a CPU group beside a GPU group that runs.
+    gpu_mode: "auto" has as many GPU replicas as the cluster's GPUs hold, up to gpu.scale, at every moment; "fixed" asks
+        Ray for them whatever the cluster has; "off" never.
     reserved_cpus: what the ingress takes, for the warning about too few CPUs.
     Raises ValueError for gpu.num_gpus ≤ 0 with a mode that would use it.
     """
-    total_gpus = float((resources or {}).get("GPU", 0.0))
-    total_cpus = None if resources is None else float(resources.get("CPU", 0.0))
     groups: list[PlannedGroup] = []
-    warnings: list[str] = []
-    device_warning = None
-    slots = gpu_slots(total_gpus, gpu.num_gpus) if gpu_mode != "off" else 0
+    slots = 0
+    if gpu_mode != "off":
+        slots = gpu_slots((resources or {}).get("GPU", 0.0), gpu.num_gpus)
+        groups.append(PlannedGroup("gpu", gpu.num_cpus, gpu.num_gpus, gpu.scale, follows_gpus=gpu_mode == "auto"))
+    groups.append(PlannedGroup("cpu", cpu.num_cpus, 0.0, cpu.scale))
 
-    if gpu_mode == "fixed" or slots > 0:
-        scale = gpu.scale
-        if gpu_mode == "auto" and scale.maximum > slots:
-            scale = replace(scale, minimum=min(scale.minimum, slots), maximum=slots)
-            warnings.append(
-                f"the GPU group was cut to {slots} replica(s): the cluster has {total_gpus:g} GPU(s), "
-                f"{gpu.num_gpus:g} per replica, {gpu.scale.maximum} replicas were configured"
-            )
-        groups.append(PlannedGroup("gpu", gpu.num_cpus, gpu.num_gpus, scale))
-    if gpu_mode != "off" and slots == 0:
-        device_warning = _why_no_gpu(resources, total_gpus, gpu.num_gpus)
-        warnings.append(device_warning)
-    if not groups or hybrid or slots == 0:
-        groups.append(PlannedGroup("cpu", cpu.num_cpus, 0.0, cpu.scale))
-
-    needed = reserved_cpus + sum(group.num_cpus * max(1, group.scale.minimum) for group in groups)
-    if total_cpus is not None and needed > total_cpus:
+    needed = reserved_cpus
+    for group in groups:
+        at_start = min(group.scale.minimum, slots) if group.follows_gpus else group.scale.minimum
+        needed += group.num_cpus * at_start
+    warnings = []
+    if resources is not None and needed > (total := resources.get("CPU", 0.0)):
         warnings.append(
-            f"the groups ask for {needed:g} CPUs and the cluster has {total_cpus:g}: replicas that do not fit wait; "
+            f"the groups ask for {needed:g} CPUs and the cluster has {total:g}: replicas that do not fit wait; "
             "lower num_cpus or replicas"
         )
-    return Plan(tuple(groups), device_warning, tuple(warnings))
+    return Plan(tuple(groups), tuple(warnings))
 
 
-def _why_no_gpu(resources: Mapping[str, float] | None, total_gpus: float, num_gpus: float) -> str:
+def why_no_gpu(resources: Mapping[str, float] | None, num_gpus: float) -> str:
+    """Why no GPU replica answers, on a cluster with these resources (None: unknown)."""
     if resources is None:
-        return "the cluster was not asked for GPUs, because Ray was not running yet: forecasts run on the CPU"
-    if total_gpus <= 0:
+        return "it is not known yet whether the cluster has a GPU: forecasts run on the CPU"
+    total = resources.get("GPU", 0.0)
+    if total <= 0:
         return "the cluster has no GPU: forecasts run on the CPU"
-    return (
-        f"the cluster has {total_gpus:g} GPU(s), fewer than the {num_gpus:g} that one replica asks for: "
-        "forecasts run on the CPU"
-    )
+    if gpu_slots(total, num_gpus) == 0:
+        return (
+            f"the cluster has {total:g} GPU(s), fewer than the {num_gpus:g} that one replica asks for: "
+            "forecasts run on the CPU"
+        )
+    return "the GPU group has no live replica now: forecasts run on the CPU"
 
 
 def probe_resources() -> dict[str, float] | None:

@@ -15,6 +15,9 @@ from model.errors import CheckpointMismatchError, CheckpointNotFoundError
 from model.kronos import Kronos
 from model.tokenizer import KronosTokenizer
 
+MANIFEST_FILE = "SHA256SUMS"
+"""As `sha256sum model/* tokenizer/* > SHA256SUMS` writes it, in the folder that holds model/ and tokenizer/."""
+
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
 
@@ -88,9 +91,10 @@ class Checkpoint:
 def load_checkpoint(source: CheckpointSource) -> Checkpoint:
     """Finds, loads and verifies a checkpoint.
 
-    Raises CheckpointNotFoundError, UnsafeCheckpointError, or CheckpointMismatchError for weights that are not finite or
-    a pair that does not belong together.
+    Raises CheckpointNotFoundError, UnsafeCheckpointError, or CheckpointMismatchError for weights that are not finite, a
+    pair that does not belong together, or files that are not those of the folder's manifest, if it has one.
     """
+    _check_manifest(BUNDLED_FOLDER if source.model == "bundled" else Path(source.model))
     model_source, tokenizer_source = _pair(source)
     model_folder = resolve_folder(model_source, source.revision)
     tokenizer_folder = resolve_folder(tokenizer_source, source.tokenizer_revision)
@@ -129,6 +133,20 @@ def _pair(source: CheckpointSource) -> tuple[str, str]:
             f"{source.id}: no tokenizer is named, and {source.model} holds no folders model/ and tokenizer/"
         )
     return model, tokenizer
+
+
+def _check_manifest(folder: Path) -> None:
+    """Raises CheckpointMismatchError unless every file that the manifest lists is there and is what it was."""
+    manifest = folder / MANIFEST_FILE
+    if not manifest.is_file():
+        return
+    for line in manifest.read_text(encoding="utf-8").splitlines():
+        entry = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
+        if entry is None:
+            raise CheckpointMismatchError(f"{MANIFEST_FILE} holds a line that sha256sum does not write")
+        path = folder / entry[2]
+        if not path.is_file() or _sha256(path) != entry[1]:
+            raise CheckpointMismatchError(f"{entry[2]} is not the file that {MANIFEST_FILE} lists")
 
 
 def _require_finite(network: nn.Module, source: str) -> None:

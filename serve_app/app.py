@@ -4,31 +4,37 @@ No `from __future__ import annotations` here: Serve reads build_app's annotation
 does not resolve a string.
 """
 
+import asyncio
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from cluster.plan import GroupRequest, Plan, PlannedGroup, Scale, plan_groups, probe_resources
+from serve_app.cluster_watch import ClusterWatch
 from serve_app.config import AppConfig, GroupConfig
-from serve_app.deployment import Factory, KronosReplica
+from serve_app.deployment import KronosReplica, MakeFactory
 from serve_app.draining import Drain
 from serve_app.engine import EngineFactory
-from serve_app.environment import apply_environment
 from serve_app.ingress import create_app
+from serve_app.live_config import InvalidUserConfigError, LiveConfig
 from serve_app.logs import configure_logging, log
+from serve_app.metrics import Metrics
 from serve_app.routing import RayBackend, deployment_name
 from serve_app.status import public_settings
 
 MAX_ONGOING = 1000
 """Requests that Ray lets into a replica: our own queue decides what waits and what is refused."""
 HEALTH_CHECK_PERIOD_S = 2
-GRACEFUL_SHUTDOWN_TIMEOUT_S = 8
+GRACEFUL_SHUTDOWN_TIMEOUT_S = 5
+METRICS_INTERVAL_S = 0.5
+"""How often replicas report what they have to do. Ray's own 10 s would make a sleeping group wake that late."""
+LOOK_BACK_S = 2.0
+SWITCH_POLL_S = 0.2
 _LISTING = RequestRouterConfig.model_validate(
     {"request_router_class": "serve_app.listing_router.ListingRouter", "request_routing_stats_period_s": 1}
 )
@@ -38,22 +44,78 @@ _LISTING = RequestRouterConfig.model_validate(
 class Ingress:
     """HTTP in, jobs out. Holds no model and no torch."""
 
-    def __init__(
-        self, groups: dict[str, DeploymentHandle], plan: Plan, config: AppConfig, warnings: tuple[str, ...]
-    ) -> None:
+    def __init__(self, groups: dict[str, DeploymentHandle], plan: Plan, live: LiveConfig) -> None:
+        self._live = live
+        self._config = config = live.current
         configure_logging(config.log_level)
-        self._config = config
-        self._warnings = warnings
-        self._backend = RayBackend(groups, plan, config.limits.replica_wait_s)
+        self._plan = plan
+        self._metrics = Metrics()
         self._drain = Drain()
-        for warning in warnings:
+        watch = ClusterWatch(probe_resources) if plan.group("gpu") is not None else None
+        self._backend = RayBackend(
+            groups,
+            plan,
+            {name: config.group(name).max_outstanding_work for name in groups},
+            replica_wait_s=config.limits.replica_wait_s,
+            spill=config.hybrid,
+            resources=lambda: None if watch is None else watch.resources,
+        )
+        self._backend.on_retry = self._metrics.retries.inc
+        self._switching: asyncio.Task[None] | None = None
+        for warning in (*live.warnings, *plan.warnings):
             log(logging.WARNING, warning)
+        self._serve(config)
+
+    def _serve(self, config: AppConfig, *warnings: str) -> None:
+        """From now on new requests are answered under this configuration; those under way end under theirs."""
+        self._config = config
+        self._backend.replica_wait_s = config.limits.replica_wait_s
+        self._app = create_app(
+            self._backend,
+            config,
+            (*self._live.warnings, *self._plan.warnings, *warnings),
+            behind_serve=True,
+            metrics=self._metrics,
+            drain=self._drain,
+        )
         log(logging.INFO, "effective settings", settings=public_settings(config), groups=self._backend.groups())
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        app = create_app(self._backend, self._config, self._warnings, behind_serve=True, drain=self._drain)
-        self._backend.on_retry = app.state.metrics.retries.inc
-        return app
+    def __serve_build_asgi_app__(self) -> Callable[..., Awaitable[None]]:
+        async def current(scope: Any, receive: Any, send: Any) -> None:
+            await self._app(scope, receive, send)
+
+        return current
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Takes over models, limits and defaults, a new default model as soon as a replica has loaded it."""
+        if self._switching is not None:
+            self._switching.cancel()
+        try:
+            config = self._live.update(user_config)
+        except InvalidUserConfigError as error:
+            # Raised, it would make Ray replace an ingress that serves well.
+            log(logging.ERROR, "user_config was refused, the settings before it stay", error_message=str(error))
+            self._serve(self._config, f"the latest user_config was refused: {error}")
+            return
+        if config == self._config and user_config == {}:
+            return  # as at start
+        if self._can_answer(config):
+            self._serve(config)
+            return
+        self._serve(self._config, f"new settings wait until a replica has loaded {config.default_model!r}")
+        self._switching = asyncio.get_running_loop().create_task(self._switch(config))
+
+    async def _switch(self, config: AppConfig) -> None:
+        while not self._can_answer(config):
+            await asyncio.sleep(SWITCH_POLL_S)
+        self._serve(config)
+
+    def _can_answer(self, config: AppConfig) -> bool:
+        """False as long as a request for another default model than today's would have to wait."""
+        views = self._backend.replicas()
+        if config.default_model == self._config.default_model or not views:
+            return True
+        return any(view.models.get(config.default_model, {}).get("state") == "loaded" for view in views)
 
     async def drain(self) -> int:
         """Refuses new work from now on; the number of requests in flight. Reached by handle only, never over HTTP."""
@@ -72,24 +134,26 @@ def assemble(
     args: AppConfig,
     environ: Mapping[str, str],
     resources: Mapping[str, float] | None,
-    make_factory: Callable[[AppConfig], Factory] = EngineFactory,
+    make_factory: MakeFactory = EngineFactory,
 ) -> serve.Application:
     """build_app with what it reads from outside, and what computes, as arguments."""
-    config, warnings = apply_environment(args, environ)
+    live = LiveConfig(args, environ)
+    config = live.current
     plan = make_plan(config, resources)
-    groups = {group.name: _group(group, config, make_factory) for group in plan.groups}
+    groups = {group.name: _group(group, live, make_factory) for group in plan.groups}
     ingress = serve.deployment(
         name="ingress",
         num_replicas=config.ingress.replicas,
         max_ongoing_requests=MAX_ONGOING,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        user_config={},
         ray_actor_options={"num_cpus": config.ingress.num_cpus},
     )(Ingress)
-    return ingress.bind(groups, plan, config, (*warnings, *plan.warnings))
+    return ingress.bind(groups, plan, live)
 
 
 def make_plan(config: AppConfig, resources: Mapping[str, float] | None) -> Plan:
-    """Which groups run, for this configuration on a cluster with these resources."""
+    """Which groups exist, for this configuration on a cluster with these resources."""
     gpu, cpu = config.groups.gpu, config.groups.cpu
     # No model may use a GPU: then none is asked for, and nothing is missed.
     cpu_only = all(model.device in ("cpu", "mps") for model in config.models.values())
@@ -98,7 +162,6 @@ def make_plan(config: AppConfig, resources: Mapping[str, float] | None) -> Plan:
         gpu=GroupRequest(gpu.num_cpus, gpu.num_gpus, _scale(gpu)),
         cpu=GroupRequest(cpu.num_cpus, 0.0, _scale(cpu)),
         gpu_mode="off" if cpu_only else gpu.mode,
-        hybrid=config.hybrid,
         reserved_cpus=config.ingress.num_cpus * config.ingress.replicas,
     )
 
@@ -109,33 +172,46 @@ def _scale(group: GroupConfig) -> Scale:
     return Scale(group.replicas or 1, group.replicas or 1)
 
 
-def _group(group: PlannedGroup, config: AppConfig, make_factory: Callable[[AppConfig], Factory]) -> serve.Application:
-    settings: GroupConfig = config.groups.gpu if group.name == "gpu" else config.groups.cpu
+def _group(group: PlannedGroup, live: LiveConfig, make_factory: MakeFactory) -> serve.Application:
     options: dict[str, Any] = {"num_cpus": group.num_cpus}
     if group.num_gpus:
         options["num_gpus"] = group.num_gpus
     else:
         # Belt and braces beside the forced device: on a GPU host Ray hides no GPU from a replica that reserved none.
         options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
-    scaling: dict[str, Any] = {"num_replicas": group.scale.maximum}
-    if settings.autoscaling is not None:
-        scaling = {
-            "num_replicas": None,
-            "autoscaling_config": {
-                "min_replicas": group.scale.minimum,
-                "max_replicas": group.scale.maximum,
-                "target_ongoing_requests": settings.autoscaling.target_ongoing_requests,
-                "upscale_delay_s": settings.autoscaling.upscale_delay_s,
-                "downscale_delay_s": settings.autoscaling.downscale_delay_s,
-            },
-        }
     replica = serve.deployment(
         name=deployment_name(group.name),
         max_ongoing_requests=MAX_ONGOING,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_TIMEOUT_S,
         request_router_config=_LISTING,
+        user_config={},
         ray_actor_options=options,
-        **scaling,
+        **_scaling(group, live.current.group(group.name)),
     )(KronosReplica)
-    return replica.bind(group.name, config, make_factory)
+    return replica.bind(group.name, live, make_factory)
+
+
+def _scaling(group: PlannedGroup, settings: GroupConfig) -> dict[str, Any]:
+    """A fixed number of replicas, or what serve_app.scaling decides."""
+    autoscaling = settings.autoscaling
+    if autoscaling is None and not group.follows_gpus:
+        return {"num_replicas": group.scale.maximum}
+    policy: dict[str, Any] = {"minimum": group.scale.minimum, "maximum": group.scale.maximum}
+    if autoscaling is not None:
+        policy |= autoscaling.model_dump(include={"target_work", "upscale_delay_s", "downscale_delay_s"})
+    if group.follows_gpus:
+        policy["num_gpus"] = group.num_gpus
+    return {
+        "num_replicas": None,
+        "autoscaling_config": {
+            "min_replicas": 0 if group.follows_gpus else group.scale.minimum,
+            "max_replicas": group.scale.maximum,
+            "metrics_interval_s": METRICS_INTERVAL_S,
+            "look_back_period_s": LOOK_BACK_S,
+            # The policy itself waits before it follows the work; a GPU that has left is followed at once.
+            "upscale_delay_s": 0,
+            "downscale_delay_s": 0,
+            "policy": {"policy_function": "serve_app.scaling:GroupScaling", "policy_kwargs": policy},
+        },
+    }

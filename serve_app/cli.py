@@ -1,6 +1,7 @@
 """Commands beside `serve run`.
 
 python -m serve_app.cli check-config serve_config.yaml [--port-free]
+python -m serve_app.cli reconfigure serve_config.yaml [--address http://127.0.0.1:8265]
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from serve_app.config import AppConfig, nearest
-from serve_app.environment import EnvironmentVariableError, apply_environment
+from serve_app.environment import EnvironmentVariableError
+from serve_app.live_config import InvalidUserConfigError, LiveConfig
+from serve_app.reconfigure import RestartNeededError, reconfigure
 
 BUILDER = "serve_app.app:build_app"
 
@@ -49,12 +52,13 @@ def check_config(path: str, environ: Mapping[str, str]) -> tuple[list[str], list
             continue
         place = ("applications", index, "args")
         try:
-            config = AppConfig.model_validate(application.get("args") or {})
-            _, more = apply_environment(config, environ)
-            warnings += more
+            live = LiveConfig(AppConfig.model_validate(application.get("args") or {}), environ)
+            warnings += live.warnings
+            for deployment in application.get("deployments") or []:
+                live.update(deployment.get("user_config") or {})
         except ValidationError as error:
             errors += _texts(error, place)
-        except EnvironmentVariableError as error:
+        except (EnvironmentVariableError, InvalidUserConfigError) as error:
             errors.append(str(error))
     return errors, warnings
 
@@ -105,21 +109,39 @@ def port_errors(path: str) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the process's exit status: 0 fine, 1 errors were found."""
     parser = argparse.ArgumentParser(prog="python -m serve_app.cli", description=__doc__.split("\n", 1)[0])
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(required=True, dest="command")
     check = commands.add_parser("check-config", help="check a Serve configuration strictly, without starting anything")
     check.add_argument("path", nargs="?", default="serve_config.yaml")
     check.add_argument("--port-free", action="store_true", help="also check that nobody listens on its HTTP port")
+    live = commands.add_parser("reconfigure", help="send models, limits and defaults to a running service, no restart")
+    live.add_argument("path", nargs="?", default="serve_config.yaml")
+    live.add_argument("--address", default=os.environ.get("RAY_DASHBOARD_ADDRESS", "http://127.0.0.1:8265"))
     options = parser.parse_args(arguments)
     errors, warnings = check_config(options.path, os.environ)
-    if options.port_free and not errors:
+    if options.command == "check-config" and options.port_free and not errors:
         errors = port_errors(options.path)
     for warning in warnings:
         print(f"warning: {warning}")
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
-    if not errors:
-        print(f"{options.path} is fine")
-    return 1 if errors else 0
+    if errors:
+        return 1
+    if options.command == "reconfigure":
+        return _reconfigure(options.path, options.address)
+    print(f"{options.path} is fine")
+    return 0
+
+
+def _reconfigure(path: str, address: str) -> int:
+    with open(path, encoding="utf-8") as file:
+        data = yaml.safe_load(file)
+    try:
+        lines = reconfigure(address, data, BUILDER)
+    except (RestartNeededError, ConnectionError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(lines))
+    return 0
 
 
 if __name__ == "__main__":

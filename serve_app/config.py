@@ -87,12 +87,17 @@ class ModelConfig(Strict):
 
 
 class Autoscaling(Strict):
-    """Replicas follow the number of requests that are waiting or running."""
+    """Replicas follow the work, rows × steps, that is waiting or running.
 
-    min_replicas: int = Field(default=1, ge=1)
+    min_replicas: 0 lets a group sleep; the next request wakes it and waits for it, at most limits.replica_wait_s.
+    target_work: how much of it one replica should have.
+    upscale_delay_s, downscale_delay_s: for how long more or fewer replicas must have been right before they come or go.
+    """
+
+    min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(ge=1)
-    target_ongoing_requests: float = Field(default=2.0, gt=0)
-    upscale_delay_s: float = Field(default=10.0, ge=0)
+    target_work: int = Field(default=65_536, ge=1)
+    upscale_delay_s: float = Field(default=2.0, ge=0)
     downscale_delay_s: float = Field(default=300.0, ge=0)
 
     @model_validator(mode="after")
@@ -109,7 +114,12 @@ class GroupConfig(Strict):
     replicas: a fixed number, or give `autoscaling` instead.
     workers: series that step together in a replica's engine; others wait in its queue.
     cache_gb: memory for keys and values of each loaded model, set aside once; what could never fit is refused.
-    max_queued_series: a replica whose queue is that long refuses with 429.
+    model_memory_gb: for all loaded models of a replica, weights and caches; those neither always on nor in use make
+        room for others. While a model is replaced, its two versions count as one.
+    max_outstanding_work: rows × steps that may wait or run per live replica; more goes to the other group or is a 429.
+    precision: of the model's arithmetic; "auto" is what suits the device. What a device cannot do falls back to auto.
+    compile: compile the model for its device; slower to start.
+    hang_timeout_s: a replica whose engine has work and finishes no step for so long is replaced.
     """
 
     num_cpus: float = Field(default=1.0, gt=0)
@@ -117,17 +127,23 @@ class GroupConfig(Strict):
     autoscaling: Autoscaling | None = None
     workers: int = Field(default=16, ge=1, le=256)
     cache_gb: float = Field(default=2.0, gt=0)
-    max_queued_series: int = Field(default=2048, ge=1)
+    model_memory_gb: float = Field(default=8.0, gt=0)
+    max_outstanding_work: int = Field(default=524_288, ge=1)
+    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    compile: bool = False
+    hang_timeout_s: float = Field(default=60.0, gt=0)
 
     @model_validator(mode="after")
-    def _one_way_to_scale(self) -> GroupConfig:
+    def _consistent(self) -> GroupConfig:
         if self.replicas is not None and self.autoscaling is not None:
             raise ValueError("give either replicas or autoscaling, not both")
+        if self.cache_gb >= self.model_memory_gb:
+            raise ValueError("cache_gb fills model_memory_gb: no model would fit")
         return self
 
 
 class CpuGroupConfig(GroupConfig):
-    """The CPU group. It never touches a GPU."""
+    """The CPU group. It never touches a GPU, and always exists: it answers where the GPU group does not."""
 
     num_gpus: float = Field(default=0.0, ge=0, le=0)
 
@@ -135,11 +151,13 @@ class CpuGroupConfig(GroupConfig):
 class GpuGroupConfig(GroupConfig):
     """The GPU group.
 
-    mode: "auto" runs it if the cluster has the GPUs, "fixed" always asks Ray for them (so that a node autoscaler sees
-        the demand), "off" never.
+    mode: "auto" has at every moment as many replicas as the cluster's GPUs hold, up to `replicas` or max_replicas;
+        "fixed" always asks Ray for them (so that a node autoscaler sees the demand), "off" never.
     num_gpus: GPUs per replica; a fraction shares one.
+    num_cpus: so few by default that both groups fit on a host with two CPUs.
     """
 
+    num_cpus: float = Field(default=0.5, gt=0)
     mode: Literal["auto", "fixed", "off"] = "auto"
     num_gpus: float = Field(default=1.0, gt=0)
 
@@ -185,14 +203,24 @@ class Defaults(Strict):
     sample_count: int = Field(default=1, ge=1)
 
 
+LIVE = ("models", "default_model", "models_root", "limits", "defaults")
+"""Keys of AppConfig that a running service takes over without a restart, as `user_config` of its deployments."""
+
+
 class AppConfig(Strict):
-    """The whole application. See serve_config.yaml for an example with comments."""
+    """The whole application. See serve_config.yaml for an example with comments.
+
+    models_root: a folder of checkpoints, seen by every node. <models_root>/<name>/ with the folders model/ and
+        tokenizer/ is served as the model <name>, from when it appears.
+    hybrid: the CPU group also takes what a full GPU group cannot; otherwise it answers only where no GPU replica lives.
+    """
 
     models: dict[str, ModelConfig] = Field(
         default_factory=lambda: {BUNDLED_ALIAS: ModelConfig(source="bundled", always_on=True)}, min_length=1
     )
     default_model: str = BUNDLED_ALIAS
-    hybrid: bool = False
+    models_root: str | None = None
+    hybrid: bool = True
     groups: GroupsConfig = GroupsConfig()
     ingress: IngressConfig = IngressConfig()
     limits: Limits = Limits()
@@ -220,6 +248,15 @@ class AppConfig(Strict):
     def is_always_on(self, alias: str) -> bool:
         """The default model is always on, whether it says so or not: it is what /v1/predict answers with."""
         return alias == self.default_model or self.models[alias].always_on
+
+    def group(self, name: str) -> GroupConfig:
+        return self.groups.gpu if name == "gpu" else self.groups.cpu
+
+    @property
+    def may_sleep(self) -> bool:
+        """True if the service may be without a replica because nobody asks for anything."""
+        scaling = self.groups.cpu.autoscaling
+        return scaling is not None and scaling.min_replicas == 0
 
     @property
     def always_on(self) -> list[str]:

@@ -8,230 +8,190 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 import numpy as np
 
-from model.errors import ForecastCancelledError, InputError, KronosError, QueueFullError, RequestTooLargeError
+from model.errors import KronosError
 from model.frames import time_marks
-from model.types import Paths, Sampling, Series
-from serve_app.config import AppConfig, GroupConfig
-from serve_app.jobs import DeviceFacts, Done, Engine, Failed, Job, Task
+from model.types import Sampling, Series
+from serve_app.bar_stream import BarStream, OriginChangedError
+from serve_app.catalog import Catalog, ModelSpec
+from serve_app.computing import COMPUTING_ERRORS, Load, Progress, Workers, failed
+from serve_app.config import AppConfig, ModelConfig
+from serve_app.jobs import Candidate, Chunk, DeviceFacts, Done, Engine, Failed, Job, Resume
+from serve_app.live_config import InvalidUserConfigError, LiveConfig
+from serve_app.load_errors import ModelUnavailableError, UnknownModelError
 from serve_app.logs import configure_logging, log
-from serve_app.model_store import ModelStore, ModelUnavailableError
+from serve_app.model_store import ModelStore
 from serve_app.replica_metrics import replica_counters
 
-RETRY_LOADING_S = 5.0
+LAST_RESORT = 2
+"""A replica refuses what is over so many times its bound: several ingress replicas count each for itself at first."""
 
 
 class Factory(Protocol):
-    """Makes engines; see serve_app.engine.EngineFactory."""
+    """Reads checkpoints for the replicas of one group; see serve_app.engine.EngineFactory."""
 
-    def __call__(self, alias: str, group: str) -> Engine: ...
+    def __call__(self, alias: str, settings: ModelConfig) -> Candidate: ...
 
-    def device(self, group: str) -> DeviceFacts: ...
+    def device(self) -> DeviceFacts: ...
 
     def prepare_process(self, threads: int) -> None: ...
 
 
-class _Load:
-    """How much a replica has to do. Safe under threads."""
-
-    def __init__(self) -> None:
-        self.queued = 0
-        self.running_rows = 0
-        self._lock = threading.Lock()
-
-    def change(self, *, queued: int = 0, running_rows: int = 0) -> None:
-        with self._lock:
-            self.queued += queued
-            self.running_rows += running_rows
+MakeFactory = Callable[[AppConfig, str], Factory]
+"""(configuration, group) → what reads checkpoints there. Crosses processes by reference."""
 
 
-class _Waiting:
-    """The tasks of one job that wait: they leave the queue one by one as they start, the rest when the job ends."""
-
-    def __init__(self, load: _Load, count: int) -> None:
-        self._load = load
-        self._left = count
-        self._lock = threading.Lock()
-        load.change(queued=count)
-
-    def leave(self, count: int | None = None) -> None:
-        with self._lock:
-            leaving = self._left if count is None else min(count, self._left)
-            self._left -= leaving
-        self._load.change(queued=-leaving)
+class HungEngineError(KronosError):
+    """An engine has had work for long and finished no step."""
 
 
 class KronosReplica:
     """One replica of a group. Every always-on model has made a warm-up forecast before the first request arrives."""
 
-    def __init__(self, group: str, config: AppConfig, make_factory: Callable[[AppConfig], Factory]) -> None:
+    def __init__(self, group: str, live: LiveConfig, make_factory: MakeFactory) -> None:
         """Loads the always-on models. One that fails is tried again later; the replica serves the others meanwhile."""
+        self._live = live
+        self.config = config = live.current
         configure_logging(config.log_level)
         self.group = group
         self._replica_id = _replica_id()
-        self.config = config
-        settings: GroupConfig = config.groups.gpu if group == "gpu" else config.groups.cpu
+        settings = config.group(group)
         threads = max(1, int(settings.num_cpus))
-        self._factory = make_factory(config)
+        self._factory = make_factory(config, group)
         self._factory.prepare_process(threads)
-        self._device = self._factory.device(group)
-        self._max_queued = settings.max_queued_series
-        self._workers = ThreadPoolExecutor(settings.workers, thread_name_prefix="forecast")
-        self._load = _Load()
-        self._store = ModelStore(self._load_and_warm, config.limits.load_retry_s)
-        self._retry: asyncio.Task[None] | None = None
+        self._device = self._factory.device()
+        self._max_work = LAST_RESORT * settings.max_outstanding_work
+        self._hang_timeout_s = settings.hang_timeout_s
+        self._workers = Workers(settings.workers)
+        self._load = Load()
+        budget = settings.model_memory_gb * 2**30
+        self._store = ModelStore(Catalog(config).get, self._prepare, budget, config.limits.load_retry_s)
+        self._store.pinned = config.always_on
         for alias in config.always_on:
-            try:
-                self._store.add(alias, self._load_and_warm(alias))
-            except Exception as error:  # as in the store: what one model breaks, the others must not feel
-                self._store.remember_failure(alias, error)
+            self._store.load_now(alias)
         log(logging.INFO, "replica started", group=group, pid=os.getpid(), threads=threads, **asdict(self._device))
 
-    def _load_and_warm(self, alias: str) -> Engine:
+    def _prepare(self, alias: str, spec: ModelSpec) -> Candidate:
         """Blocks. A checkpoint that cannot make a forecast does not take traffic."""
         started = time.monotonic()
-        engine = self._factory(alias, self.group)
-        paths = engine.forecast(warm_up_series(), Sampling(seed=0))
-        if not np.isfinite(paths.values).all():
-            raise KronosError(f"{alias}: the warm-up forecast is not finite")
-        seconds = round(time.monotonic() - started, 2)
-        log(logging.INFO, "model loaded", model=alias, seconds=seconds, sha256=engine.identity.sha256)
-        return engine
+        candidate = self._factory(alias, spec.settings)
+
+        def start() -> Engine:
+            engine = _warmed_up(alias, candidate.start())
+            seconds = round(time.monotonic() - started, 2)
+            log(logging.INFO, "model loaded", model=alias, seconds=seconds, sha256=engine.identity.sha256)
+            return engine
+
+        return replace(candidate, start=start, rehearse=lambda: _warmed_up(alias, candidate.rehearse()))
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Takes over models and limits. What is loaded serves until its successor is verified; see ModelStore."""
+        try:
+            self.config = config = self._live.update(user_config)
+        except InvalidUserConfigError as error:
+            # Raised, it would make Ray replace a replica that serves well.
+            log(logging.ERROR, "user_config was refused, the settings before it stay", error_message=str(error))
+            return
+        self._store.find = Catalog(config).get
+        self._store.pinned = config.always_on
+        self._store.retry_s = config.limits.load_retry_s
+        self._store.refresh()
+
+    async def check_health(self) -> None:
+        """Asked by Ray. Raises HungEngineError; a busy engine finishes a step now and then, and is left alone."""
+        stalled = max((engine.stalled_s() for engine in self._store.engines), default=0.0)
+        if stalled > self._hang_timeout_s:
+            log(logging.ERROR, "an engine hangs: this replica asks to be replaced", stalled_s=round(stalled, 1))
+            raise HungEngineError(f"no step was finished for {stalled:.0f} s although there is work")
+
+    async def wake(self) -> None:
+        """Answers once there is a replica: a call that waits is what makes Ray start one."""
 
     async def forecast(self, job: Job) -> Done | Failed:
         """Computes a job. Stops within one step when the caller gives up (cancels) or the job's time is over."""
-        arrived = time.monotonic()
-        stop = threading.Event()
-        deadline = arrived + job.timeout_s
+        return await self._run(job, None)
 
-        def should_stop() -> bool:
-            return stop.is_set() or time.monotonic() > deadline
-
-        if self._load.queued + len(job.tasks) > self._max_queued:
-            return Failed("queue_full", "the queue of this replica is full", retry_after_s=1.0)
-        waiting = _Waiting(self._load, len(job.tasks))
+    async def forecast_stream(self, job: Job, resume: Resume | None = None) -> AsyncIterator[Chunk | Done | Failed]:
+        """forecast, with bars as soon as they are final before it. resume: go on where a lost replica stopped."""
+        stream = BarStream(len(job.tasks), resume)
+        running = asyncio.ensure_future(self._run(job, stream))
         try:
-            engine = await self._engine(job.model)
-            loop = asyncio.get_running_loop()
-            starts: list[float] = []
-            futures = [
-                loop.run_in_executor(self._workers, self._compute, engine, task, should_stop, waiting, starts)
-                for task in job.tasks
-            ]
-            try:
-                paths = await asyncio.gather(*futures)
-            except BaseException:
-                # The first failure, or the caller's cancellation, ends the whole job.
-                stop.set()
-                for future in futures:
-                    future.cancel()
-                raise
+            async for chunk in stream.chunks(running):
+                yield chunk
+            yield running.result()
+        finally:
+            running.cancel()
+
+    async def _run(self, job: Job, stream: BarStream | None) -> Done | Failed:
+        busy = self._load.total_work
+        if busy and busy + job.work > self._max_work:
+            return Failed("queue_full", "the queue of this replica is full", retry_after_s=1.0)
+        try:
+            with Progress(job, self._load) as progress:
+                async with self._store.lease(job.model, self.config.limits.load_wait_s) as engine:
+                    if stream is not None:
+                        stream.begin(engine)
+                    paths = await self._workers.compute(engine, progress, stream)
+        except UnknownModelError:
+            return Failed("unknown_model", f"model {job.model!r} is not served any more")
         except ModelUnavailableError as error:
             return Failed("model_unavailable", str(error), retry_after_s=error.retry_after_s)
-        except ForecastCancelledError:
-            return Failed("deadline_passed", "the deadline passed")
-        except QueueFullError:
-            return Failed("queue_full", "the engine of this replica is full", retry_after_s=1.0)
-        except RequestTooLargeError as error:
-            return Failed("cost_over_limit", str(error))
-        except _TaskError as error:
-            return error.failed(job.tasks)
-        finally:
-            stop.set()
-            waiting.leave()
-        ended, first = time.monotonic(), min(starts)
+        except OriginChangedError:
+            return Failed("no_replica", "the replica that streamed this was lost and no equal one is left; ask again")
+        except COMPUTING_ERRORS as error:
+            return failed(error, job)
+        ended, first = time.monotonic(), min(progress.starts)
         return Done(
-            paths=tuple(paths),
+            paths=paths,
             identity=engine.identity,
             device=engine.device,
             replica_id=self._replica_id,
-            queue_ms=(first - arrived) * 1000,
+            queue_ms=(first - progress.arrived) * 1000,
             compute_ms=(ended - first) * 1000,
         )
-
-    async def _engine(self, alias: str) -> Engine:
-        """The model, if it is there within a bounded time; loading goes on for those who come later."""
-        try:
-            return await asyncio.wait_for(self._store.get(alias), self.config.limits.load_wait_s)
-        except TimeoutError:
-            raise ModelUnavailableError(f"model {alias!r} is being loaded; try again soon", RETRY_LOADING_S) from None
-
-    def _compute(
-        self, engine: Engine, task: Task, should_stop: Callable[[], bool], waiting: _Waiting, starts: list[float]
-    ) -> Paths:
-        """Runs in a worker thread."""
-        waiting.leave(1)
-        starts.append(time.monotonic())
-        rows = task.sampling.samples
-        self._load.change(running_rows=rows)
-        try:
-            if should_stop():
-                raise ForecastCancelledError("stopped before the first step")
-            return engine.forecast(task.series, task.sampling, window=task.window, should_stop=should_stop)
-        except InputError as error:
-            raise _TaskError(task, error) from None
-        finally:
-            self._load.change(running_rows=-rows)
 
     async def record_replica_metadata(self) -> dict[str, Any]:
         """Once, when the replica is ready: to every ingress, for /v1/replicas."""
         return {"group": self.group, "pid": os.getpid(), "device": asdict(self._device), **self._news()}
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """Every second, to every ingress."""
-        self._retry_always_on()
+        """Every second, to every ingress. Also the moment to look whether a model has changed."""
+        self._store.refresh()
         return self._news()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """To serve_app.scaling, in the controller."""
+        return {"work": float(self._load.total_work)}
 
     def _news(self) -> dict[str, Any]:
         slots = [engine.cache_slots() for engine in self._store.engines]
         return {
             "queued": self._load.queued,
             "running_rows": self._load.running_rows,
+            "work": self._load.work,
             "cache_slots_used": sum(used for used, _ in slots),
             "cache_slots_free": sum(free for _, free in slots),
-            "models": self._store.states(list(self.config.models)),
+            "models": self._store.states(),
             "counters": replica_counters(self._store.engines, self._store.counts),
         }
-
-    def _retry_always_on(self) -> None:
-        """Starts another try of always-on models that failed; the store itself holds back until it is time."""
-        missing = [a for a, state in self._store.states(self.config.always_on).items() if state["state"] == "failed"]
-        if missing and (self._retry is None or self._retry.done()):
-            self._retry = asyncio.get_running_loop().create_task(self._reload(missing))
-
-    async def _reload(self, aliases: list[str]) -> None:
-        for alias in aliases:
-            try:
-                await self._store.get(alias)
-            except ModelUnavailableError:
-                continue  # remembered and logged by the store
 
     async def info(self) -> dict[str, Any]:
         """What the replica knows of itself, for tools that hold a handle."""
         return {"replica_id": self._replica_id, **await self.record_replica_metadata()}
 
 
-class _TaskError(Exception):
-    """An InputError of one task of a job."""
-
-    def __init__(self, task: Task, error: InputError) -> None:
-        super().__init__(str(error))
-        self.task = task
-        self.error = error
-
-    def failed(self, tasks: tuple[Task, ...]) -> Failed:
-        position = next((i for i, task in enumerate(tasks) if task is self.task), None)
-        error = self.error
-        return Failed("invalid_fields", str(error), rule=error.code, task=position, column=error.column, row=error.row)
+def _warmed_up(alias: str, engine: Engine) -> Engine:
+    paths = engine.forecast(warm_up_series(), Sampling(seed=0))
+    if not np.isfinite(paths.values).all():
+        raise KronosError(f"{alias}: the warm-up forecast is not finite")
+    return engine
 
 
 def warm_up_series() -> Series:

@@ -11,8 +11,11 @@ from typing import Any
 
 from model.engine.types import BarsCallback
 from model.types import Paths, Sampling, Series, StepCallback, StopCheck
-from serve_app.config import AppConfig
-from serve_app.jobs import DeviceFacts, Identity
+from serve_app.config import AppConfig, ModelConfig
+from serve_app.jobs import Candidate, DeviceFacts, Identity
+
+REHEARSAL_CACHE_BYTES = 32 * 2**20
+"""Cache of the engine that only shows whether a checkpoint works."""
 
 
 class PredictorEngine:
@@ -22,6 +25,8 @@ class PredictorEngine:
         self.identity = identity
         self.device = device
         self._predictor = predictor
+        # Made here, with its whole cache: what does not fit fails now, and not in somebody's request.
+        self._engine = predictor.engine
 
     def forecast(
         self,
@@ -39,43 +44,40 @@ class PredictorEngine:
         return paths
 
     def cache_slots(self) -> tuple[int, int]:
-        slots: tuple[int, int] = self._predictor.engine.cache_slots()
+        slots: tuple[int, int] = self._engine.cache_slots()
         return slots
 
     def stats(self) -> Mapping[str, float]:
-        return asdict(self._predictor.engine.stats())
+        return asdict(self._engine.stats())
+
+    def stalled_s(self) -> float:
+        seconds: float = self._engine.stalled_s()
+        return seconds
 
 
 class EngineFactory:
-    """(alias, group) → a loaded engine, as the configuration says. Crosses processes as what it is made of."""
+    """(alias, settings) → a candidate for an engine in a replica of the group."""
 
-    def __init__(self, config: AppConfig) -> None:
-        self.config = config
+    def __init__(self, config: AppConfig, group: str) -> None:
+        self._group = group
+        self._settings = config.group(group)
+        self._clip = config.clip
+        self._default_device = config.models[config.default_model].device
 
-    def __call__(self, alias: str, group: str) -> PredictorEngine:
-        """Blocks until the checkpoint is on its device. Raises model.errors.CheckpointError."""
-        from model.predictor import KronosPredictor
+    def __call__(self, alias: str, settings: ModelConfig) -> Candidate:
+        """Blocks until the checkpoint is read and verified. Raises model.errors.CheckpointError."""
+        from model.device import resolve_device
         from model.registry import CheckpointSource, load_checkpoint
 
-        settings = self.config.models[alias]
-        source = CheckpointSource(
-            id=alias,
-            model=settings.source,
-            tokenizer=settings.tokenizer,
-            revision=settings.revision,
-            tokenizer_revision=settings.tokenizer_revision,
-            max_context=settings.max_context,
-        )
-        checkpoint = load_checkpoint(source)
-        requested, warning = group_device(settings.device, group)
-        replicas = self.config.groups.gpu if group == "gpu" else self.config.groups.cpu
-        predictor = KronosPredictor(
-            checkpoint.model,
-            checkpoint.tokenizer,
-            requested,
-            settings.max_context,
-            self.config.clip,
-            cache_bytes=int(replicas.cache_gb * 2**30),
+        checkpoint = load_checkpoint(
+            CheckpointSource(
+                id=alias,
+                model=settings.source,
+                tokenizer=settings.tokenizer,
+                revision=settings.revision,
+                tokenizer_revision=settings.tokenizer_revision,
+                max_context=settings.max_context,
+            )
         )
         identity = Identity(
             id=alias,
@@ -87,15 +89,44 @@ class EngineFactory:
             model_version=checkpoint.model_version,
             tokenizer_version=checkpoint.tokenizer_version,
         )
-        return PredictorEngine(identity, device_facts(predictor.device, warning or predictor.device_warning), predictor)
+        requested, warning = group_device(settings.device, self._group)
+        device, fallback = resolve_device(requested)
+        facts = device_facts(device, self._settings.precision, warning or fallback)
+        cache_bytes = int(self._settings.cache_gb * 2**30)
 
-    def device(self, group: str) -> DeviceFacts:
+        def engine(cache_bytes: int, **options: Any) -> PredictorEngine:
+            from model.predictor import KronosPredictor
+
+            predictor = KronosPredictor(
+                checkpoint.model,
+                checkpoint.tokenizer,
+                device,
+                settings.max_context,
+                self._clip,
+                precision=facts.precision,
+                cache_bytes=cache_bytes,
+                **options,
+            )
+            return PredictorEngine(identity, facts, predictor)
+
+        weights = sum(
+            tensor.nbytes for network in (checkpoint.model, checkpoint.tokenizer) for tensor in network.parameters()
+        )
+        options = {"compile": True} if self._settings.compile else {}
+        return Candidate(
+            # On the CPU the engine holds the weights a second time, packed for its kernels.
+            size=weights * (2 if device.type == "cpu" else 1) + cache_bytes,
+            start=lambda: engine(cache_bytes, **options),
+            rehearse=lambda: engine(min(cache_bytes, REHEARSAL_CACHE_BYTES)),
+        )
+
+    def device(self) -> DeviceFacts:
         """What a replica of the group runs the default model on, before anything is loaded. Raises nothing."""
         from model.device import resolve_device
 
-        requested, warning = group_device(self.config.models[self.config.default_model].device, group)
+        requested, warning = group_device(self._default_device, self._group)
         resolved, fallback = resolve_device(requested)
-        return device_facts(resolved, warning or fallback)
+        return device_facts(resolved, self._settings.precision, warning or fallback)
 
     def prepare_process(self, threads: int) -> None:
         """Sets the number of threads that torch computes one forecast with."""
@@ -117,19 +148,20 @@ def group_device(requested: str, group: str) -> tuple[str, str | None]:
     return "cpu", f"device {requested!r} was requested but this replica belongs to the CPU group; using 'cpu'"
 
 
-def device_facts(device: Any, warning: str | None) -> DeviceFacts:
-    """DeviceFacts of a torch device."""
-    from model.device import device_info
+def device_facts(device: Any, precision: str, warning: str | None) -> DeviceFacts:
+    """DeviceFacts of a torch device at a requested precision."""
+    from model.device import device_info, resolve_precision
 
     info = device_info(device)
+    used, reason, fallback = resolve_precision(precision, device)
     return DeviceFacts(
         device=str(device),
         device_type=info.device_type,
         device_name=info.device_name,
-        precision=info.precision,
-        precision_reason=info.precision_reason,
+        precision=used,
+        precision_reason=reason if fallback is None else f"{reason}; {fallback}",
         gpu_available=info.gpu_available,
         cuda_available=info.cuda_available,
         mps_available=info.mps_available,
-        device_warning=warning,
+        device_warning="; ".join(text for text in (warning, fallback) if text) or None,
     )

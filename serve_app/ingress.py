@@ -17,6 +17,7 @@ from starlette.responses import HTMLResponse, JSONResponse
 from serve_app import schemas
 from serve_app.answers import forecast_json, prediction_json
 from serve_app.bodies import parse_json, read_body
+from serve_app.catalog import Catalog
 from serve_app.config import AppConfig
 from serve_app.draining import Drain, DrainMiddleware
 from serve_app.errors import FieldError, Loc, ServiceError, clip_text, field_errors, invalid_fields
@@ -40,14 +41,15 @@ def create_app(
     warnings: Sequence[str] = (),
     *,
     behind_serve: bool = False,
+    metrics: Metrics | None = None,
     drain: Drain | None = None,
 ) -> FastAPI:
     """The ASGI application.
 
-    warnings: what the plan and the environment had to say, shown at /v1/info. behind_serve: see RequestContext. drain:
-    for whoever wants to stop it; see serve_app.run.
+    warnings: what the plan and the environment had to say, shown at /v1/info. behind_serve: see RequestContext.
+    metrics: to go on counting where another application stopped. drain: for whoever wants to stop it (serve_app.run).
     """
-    metrics = Metrics()
+    metrics = metrics or Metrics()
     drain = drain or Drain()
     app = FastAPI(
         title="Kronos on Ray Serve",
@@ -78,6 +80,7 @@ class Forecasting:
 
     def __post_init__(self) -> None:
         limits = self.config.limits
+        self.catalog = Catalog(self.config)
         per_minute = limits.rate_limit_per_minute if limits.security_enabled else 0
         self.rate_limiter = RateLimiter(per_minute) if per_minute else None
         self.max_bytes = int(limits.max_request_mb * 2**20)
@@ -96,7 +99,7 @@ class Forecasting:
             # Parsing and writing happen in a thread: a large body must not keep the others waiting.
             body, prepared, seed = await asyncio.to_thread(read, raw)
             model = getattr(body, "model", None) or self.config.default_model
-            if model not in self.config.models:
+            if self.catalog.get(model) is None:
                 raise ServiceError("unknown_model", f"unknown model {clip_text(model)!r}, see /v1/models")
             self._record_input(record, prepared)
             deadline_ms = getattr(body, "deadline_ms", None)

@@ -26,18 +26,30 @@ class Task:
     sampling: Sampling
     window: str = "exact"
 
+    @property
+    def work(self) -> int:
+        """Rows × steps. Bars of history are computed once for all paths and many at a time: eight count as one step."""
+        return self.sampling.samples * self.series.horizon + len(self.series.candles) // 8
+
 
 @dataclass(frozen=True)
 class Job:
     """The computing part of one HTTP request.
 
     timeout_s: counted from when the replica receives the job (clocks of two hosts may differ).
+    sender: the backend that sent it, so that each knows what the others have sent.
     """
 
     request_id: str
     model: str
     tasks: tuple[Task, ...]
     timeout_s: float
+    sender: str = ""
+
+    @property
+    def work(self) -> int:
+        """Rows × steps of all tasks: what queues are bounded by."""
+        return sum(task.work for task in self.tasks)
 
 
 @dataclass(frozen=True)
@@ -131,9 +143,21 @@ class Engine(Protocol):
     def stats(self) -> Mapping[str, float]:
         """The counters of model.engine.types.EngineStats by name. Never blocks."""
 
+    def stalled_s(self) -> float:
+        """Seconds without a finished step although there is work; 0 without work. Never blocks."""
 
-EngineFactory = Callable[[str, str], Engine]
-"""(alias, replica group) → a loaded engine; blocks. Raises model.errors.CheckpointError."""
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint that has been read and verified, and can become an engine.
+
+    size: bytes that the engine will need. start: makes it; blocks. rehearse: makes one with a small cache, to find out
+    whether it works before anything makes room for it; blocks.
+    """
+
+    size: int
+    start: Callable[[], Engine]
+    rehearse: Callable[[], Engine]
 
 
 @dataclass(frozen=True)
@@ -158,11 +182,31 @@ class Bars:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """What a replica sends of a running job at once. origin: see Resume."""
+
+    origin: str
+    bars: tuple[Bars, ...]
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a stream goes on after its replica was lost.
+
+    origin: the weights and the kind of device that the first bars came from; no other may go on with them.
+    delivered: how many bars of each task have been passed on.
+    """
+
+    origin: str
+    delivered: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ReplicaView:
     """One live replica, as the last news from it says.
 
-    counters: name → what has only grown since the replica started, or gauges of its process; serve_app.replica_metrics
-    names them.
+    work: rows × steps that wait or run. counters: name → what has only grown since the replica started, or gauges of
+    its process; serve_app.replica_metrics names them.
     """
 
     replica_id: str
@@ -174,6 +218,7 @@ class ReplicaView:
     running_rows: int = 0
     cache_slots_used: int = 0
     cache_slots_free: int = 0
+    work: int = 0
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     counters: Mapping[str, float] = field(default_factory=dict)
 
@@ -181,8 +226,9 @@ class ReplicaView:
 class Backend(Protocol):
     """Who computes for the ingress."""
 
-    device_warning: str | None
-    """Why forecasts run on the CPU although a GPU was wanted; None if nothing was given up."""
+    @property
+    def device_warning(self) -> str | None:
+        """Why forecasts run on the CPU although a GPU was wanted; None if nothing was given up."""
 
     async def forecast(self, job: Job, prefer: str | None) -> Answered:
         """prefer: "cpu" or "gpu" for a replica group, None for the usual order. Raises ServiceError."""

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from cluster.plan import Plan
+from cluster.plan import Plan, gpu_slots, why_no_gpu
+from serve_app.admission import Admission
 from serve_app.errors import FieldError, ServiceError, invalid_fields
-from serve_app.jobs import Answered, DeviceFacts, Done, Failed, Job, ReplicaView
+from serve_app.jobs import Answered, Bars, Chunk, DeviceFacts, Done, Failed, Job, ReplicaView, Resume
 from serve_app.listing import REPLICAS
 from serve_app.logs import log
 
-POLL_S = 0.1
-LOST = (RayActorError, DeploymentUnavailableError)
+POLL_S = 0.05
+WATCH_S = 1.0
+LEFT_ALONE_S = 6.0
+"""How long a job may be with a group that has no listed replica: one that is being stopped finishes its jobs."""
+LOST = (RayActorError, NodeDiedError, ObjectLostError, DeploymentUnavailableError)
 """Raised when the replica that had the job is gone. A forecast can be asked for again: its seed is in the job."""
 
 
@@ -31,6 +38,30 @@ class ReplicaLostError(Exception):
     """No replica of the group is left to finish the job."""
 
 
+@dataclass
+class _Delivery:
+    """How far a job is: bars passed on per task, and where they came from; tries that ended with a lost replica."""
+
+    delivered: list[int]
+    origin: str = ""
+    lost: int = 0
+    avoid: str | None = None
+
+    def resume(self) -> Resume | None:
+        return Resume(self.origin, tuple(self.delivered)) if any(self.delivered) else None
+
+    def pass_on(self, chunk: Chunk) -> Sequence[Bars]:
+        self.origin = chunk.origin
+        for bars in chunk.bars:
+            self.delivered[bars.task] = bars.first + bars.values.shape[1]
+        return chunk.bars
+
+
+Next = Callable[[], Awaitable[Chunk | Done | Failed]]
+Start = Callable[[DeploymentHandle, Job, Resume | None], tuple[Next, Callable[[], None]]]
+"""(handle, job, resume) → (the next thing that the replica sends, cancel)."""
+
+
 class RayBackend:
     """Sends jobs to the replica groups."""
 
@@ -38,16 +69,40 @@ class RayBackend:
         self,
         handles: Mapping[str, DeploymentHandle],
         plan: Plan,
+        bounds: Mapping[str, int],
+        *,
         replica_wait_s: float,
+        spill: bool = True,
+        resources: Callable[[], Mapping[str, float] | None] = lambda: None,
     ) -> None:
-        """handles: one per planned group. replica_wait_s: how long to wait where no group has a replica."""
+        """handles: one per planned group. bounds: group → work that may wait or run per live replica.
+
+        replica_wait_s: how long to wait where no group has a replica. spill: a full group's jobs go to the next one.
+        resources: the latest of the cluster's totals; costs nothing.
+        """
         # Naming a method starts the handle's router, and with it the listing.
-        self._handles = {name: handle.options(method_name="forecast") for name, handle in handles.items()}
+        self._unary = {name: handle.options(method_name="forecast") for name, handle in handles.items()}
+        self._streaming = {
+            name: handle.options(method_name="forecast_stream", stream=True) for name, handle in handles.items()
+        }
+        self._wakers = {name: handle.options(method_name="wake") for name, handle in handles.items()}
+        self._waking: dict[str, asyncio.Task[None]] = {}
         self._plan = plan
-        self._replica_wait_s = replica_wait_s
+        self._spill = spill
+        self._resources = resources
+        self._sender = uuid.uuid4().hex[:8]
+        self._waiting_work = 0
+        self.admission = Admission(bounds)
+        self.replica_wait_s = replica_wait_s
         self.on_retry: Callable[[], None] = lambda: None
         """Called when a job is sent again."""
-        self.device_warning = plan.device_warning
+
+    @property
+    def device_warning(self) -> str | None:
+        gpu = self._plan.group("gpu")
+        if gpu is None or _alive("gpu"):
+            return None
+        return why_no_gpu(self._resources(), gpu.num_gpus)
 
     def groups(self) -> Sequence[str]:
         return [group.name for group in self._plan.groups]
@@ -63,63 +118,178 @@ class RayBackend:
 
     async def forecast(self, job: Job, prefer: str | None) -> Answered:
         """Computes the job on the preferred group, or another one, and says so. Raises ServiceError."""
+        async with contextlib.aclosing(self._deliver(job, prefer, self._unary, _start_unary)) as items:
+            async for item in items:
+                if isinstance(item, Answered):
+                    return item
+        raise AssertionError("unreachable: a delivery ends with an answer or raises")
+
+    async def stream(self, job: Job, prefer: str | None) -> AsyncGenerator[Bars | Answered]:
+        """See serve_app.jobs.Backend. Raises ServiceError."""
+        async with contextlib.aclosing(self._deliver(job, prefer, self._streaming, _start_stream)) as items:
+            async for item in items:
+                yield item
+
+    async def _deliver(
+        self, job: Job, prefer: str | None, handles: Mapping[str, DeploymentHandle], start: Start
+    ) -> AsyncGenerator[Bars | Answered]:
+        """Sends the job, once more if its replica is lost, and passes on what comes back."""
         started = time.monotonic()
-        for attempt in (1, 2):
-            group, warnings = await self._choose(prefer)
+        delivery = _Delivery([0] * len(job.tasks))
+        while True:
+            group, warnings = await self._admit(job, prefer, delivery)
             left = job.timeout_s - (time.monotonic() - started)
+            result: Done | Failed | None = None
+            send_next, cancel = start(
+                handles[group], replace(job, timeout_s=left, sender=self._sender), delivery.resume()
+            )
             try:
-                result = await self._send(group, Job(job.request_id, job.model, job.tasks, left))
+                while True:
+                    item = await self._watched(group, send_next())
+                    if isinstance(item, Chunk):
+                        for bars in delivery.pass_on(item):
+                            yield bars
+                        continue
+                    result = item
+                    yield Answered(_done(item), group, warnings)
+                    return
             except (*LOST, ReplicaLostError) as error:
-                log(logging.WARNING, "replica lost", request_id=job.request_id, group=group, error=type(error).__name__)
-                if attempt == 2:
-                    raise ServiceError("no_replica", "the replicas that computed this were lost; try again") from None
-                self.on_retry()
-                continue
+                self._count_loss(job, group, delivery, error)
             except BackPressureError:
                 raise ServiceError("queue_full", "all replicas are full") from None
-            return Answered(_done(result), group, warnings)
-        raise AssertionError("unreachable: the second attempt returns or raises")
+            finally:
+                self.admission.end(group, job.work, computed=isinstance(result, Done))
+                if result is None:
+                    # The deadline passed or the client is gone: the replica hears of it and stops within one step.
+                    cancel()
 
-    async def _choose(self, prefer: str | None) -> tuple[str, tuple[str, ...]]:
-        """The group to use and what to say about it; waits a bounded time while no group has a replica."""
-        planned = self.groups()
-        order = sorted(planned, key=lambda name: name != prefer)
-        wait_until = time.monotonic() + self._replica_wait_s
-        while True:
-            alive = [name for name in order if REPLICAS.get(deployment_name(name))]
-            if alive:
-                return alive[0], _group_warnings(prefer, planned, alive[0])
-            if time.monotonic() >= wait_until:
-                raise ServiceError("no_replica", "no replica is running now; it may be starting")
-            await asyncio.sleep(POLL_S)
+    def _count_loss(self, job: Job, group: str, delivery: _Delivery, error: Exception) -> None:
+        """Raises ServiceError if this was the second time."""
+        log(logging.WARNING, "replica lost", request_id=job.request_id, group=group, error=type(error).__name__)
+        delivery.lost += 1
+        if delivery.lost == 2:
+            raise ServiceError("no_replica", "the replicas that computed this were lost; try again") from None
+        # The listing may not know of the loss yet. Bars that have been passed on bind the stream to its group.
+        delivery.avoid = None if delivery.resume() else group
+        self.on_retry()
 
-    async def _send(self, group: str, job: Job) -> Done | Failed:
-        """One try. Raises one of LOST, or ReplicaLostError if the group stays without replicas while the job waits."""
-        response = self._handles[group].remote(job)
-        task = asyncio.ensure_future(_result(response))
-        empty_since: float | None = None
+    async def _admit(self, job: Job, prefer: str | None, delivery: _Delivery) -> tuple[str, tuple[str, ...]]:
+        """Books the job on a group with room: its name, and what to say about it.
+
+        Raises ServiceError: queue_full at once if every group that may answer is full; no_replica after a bounded wait
+        if none has a replica.
+        """
+        order = sorted(self.groups(), key=lambda name: (name == delivery.avoid, name != prefer))
+        alive = [name for name in order if _alive(name)] or await self._wait_for_replica(job, order)
+        usable = alive if self._spill else alive[:1]
+        for name in usable:
+            if self.admission.has_room(name, job.work, len(_alive(name)), self._others(name)):
+                self.admission.start(name, job.work)
+                return name, self._group_warnings(prefer, name)
+        if self._spill:
+            self._wake([name for name in order if name not in alive])
+        wait = min(
+            self.admission.retry_after_s(name, job.work, len(_alive(name)), self._others(name)) for name in usable
+        )
+        raise ServiceError("queue_full", "all replicas have as much work as they may; try again", retry_after_s=wait)
+
+    async def _wait_for_replica(self, job: Job, order: Sequence[str]) -> list[str]:
+        """Wakes the groups that sleep and waits for the first replica of any."""
+        if self._waiting_work and self._waiting_work + job.work > max(self.admission.bounds.values()):
+            raise ServiceError("queue_full", "no replica is running and enough requests wait for one")
+        self._waiting_work += job.work
+        until = time.monotonic() + min(self.replica_wait_s, job.timeout_s)
+        try:
+            while not (alive := [name for name in order if _alive(name)]):
+                if time.monotonic() >= until:
+                    raise ServiceError("no_replica", "no replica is running now; it may be starting")
+                self._wake(order)
+                await asyncio.sleep(POLL_S)
+            return alive
+        finally:
+            self._waiting_work -= job.work
+
+    def _wake(self, groups: Sequence[str]) -> None:
+        """Shows Ray demand for groups without replicas: a call that waits in the handle until there is one."""
+        for name in groups:
+            planned = self._plan.group(name)
+            if planned is None or ((waking := self._waking.get(name)) is not None and not waking.done()):
+                continue
+            gpus = (self._resources() or {}).get("GPU", 0.0)
+            if planned.follows_gpus and gpu_slots(gpus, planned.num_gpus) == 0:
+                continue
+            log(logging.INFO, "waking a group that has no replica", group=name)
+            self._waking[name] = asyncio.ensure_future(self._call_waker(name))
+
+    async def _call_waker(self, group: str) -> None:
+        response = self._wakers[group].remote()
+        try:
+            await asyncio.wait_for(_result(response), max(self.replica_wait_s, 1.0))
+        except (TimeoutError, *LOST) as error:
+            log(logging.WARNING, "no replica came", group=group, error=type(error).__name__)
+        finally:
+            response.cancel()
+
+    def _others(self, group: str) -> int:
+        """Work that other ingress replicas have in the group, as its replicas said last."""
+        return sum(
+            work
+            for entry in _alive(group).values()
+            for sender, work in (entry["stats"] or {}).get("work", {}).items()
+            if sender != self._sender
+        )
+
+    async def _watched(self, group: str, waiting: Awaitable[Any]) -> Any:
+        """Waits with an eye on the listing: a handle without replicas would wait for ever. Raises ReplicaLostError."""
+        task = asyncio.ensure_future(waiting)
+        left_alone: float | None = None
         try:
             while True:
-                # The handle itself would wait for a replica for ever.
-                done, _ = await asyncio.wait({task}, timeout=POLL_S if empty_since else 1.0)
+                done, _ = await asyncio.wait({task}, timeout=WATCH_S)
                 if done:
                     return task.result()
-                if REPLICAS.get(deployment_name(group)):
-                    empty_since = None
+                if _alive(group):
+                    left_alone = None
                     continue
-                empty_since = empty_since or time.monotonic()
-                if time.monotonic() - empty_since > self._replica_wait_s:
+                left_alone = left_alone or time.monotonic()
+                elsewhere = any(_alive(name) for name in self.groups())
+                patience = LEFT_ALONE_S if elsewhere else max(LEFT_ALONE_S, self.replica_wait_s)
+                if time.monotonic() - left_alone > patience:
                     raise ReplicaLostError(group)
         finally:
             if not task.done():
-                # The deadline passed or the client is gone: the replica hears of it and stops within one step.
-                response.cancel()
                 task.cancel()
 
+    def _group_warnings(self, prefer: str | None, used: str) -> tuple[str, ...]:
+        planned = self.groups()
+        wanted = prefer or planned[0]
+        if used == wanted:
+            return ()
+        if wanted not in planned:
+            return (f"the {wanted} group was requested and is not part of this service: the {used} group answered",)
+        if _alive(wanted):
+            return (f"the {wanted} group is full now: the {used} group answered",)
+        if prefer is None:
+            return ()  # device_warning says it
+        return (f"the {wanted} group was requested and has no live replica now: the {used} group answered",)
 
-async def _result(response: Any) -> Done | Failed:
-    result: Done | Failed = await response
-    return result
+
+def _alive(group: str) -> dict[str, dict[str, Any]]:
+    return REPLICAS.get(deployment_name(group), {})
+
+
+async def _result(response: Any) -> Any:
+    return await response
+
+
+def _start_unary(handle: DeploymentHandle, job: Job, resume: Resume | None) -> tuple[Next, Callable[[], None]]:
+    response: Any = handle.remote(job)
+    return (lambda: _result(response)), response.cancel
+
+
+def _start_stream(handle: DeploymentHandle, job: Job, resume: Resume | None) -> tuple[Next, Callable[[], None]]:
+    response: Any = handle.remote(job, resume)
+    return response.__anext__, response.cancel
 
 
 def _done(result: Done | Failed) -> Done:
@@ -129,15 +299,6 @@ def _done(result: Done | Failed) -> Done:
         loc = tuple(part for part in (result.task, result.column, result.row) if part is not None)
         raise invalid_fields([FieldError(loc, result.rule or "invalid_input", result.message)])
     raise ServiceError(result.code, result.message, retry_after_s=result.retry_after_s)
-
-
-def _group_warnings(prefer: str | None, planned: Sequence[str], used: str) -> tuple[str, ...]:
-    wanted = prefer or planned[0]
-    if used == wanted:
-        return ()
-    if wanted not in planned:
-        return (f"the {wanted} group was requested and is not part of this service: the {used} group answered",)
-    return (f"the {wanted} group has no live replica now: the {used} group answered",)
 
 
 def _view(replica_id: str, entry: Mapping[str, Any]) -> ReplicaView:
@@ -154,6 +315,7 @@ def _view(replica_id: str, entry: Mapping[str, Any]) -> ReplicaView:
         running_rows=news["running_rows"],
         cache_slots_used=news["cache_slots_used"],
         cache_slots_free=news["cache_slots_free"],
+        work=sum(news["work"].values()),
         models=news["models"],
         counters=news["counters"],
     )

@@ -10,10 +10,12 @@ from typing import Any
 import psutil
 
 from serve_app import schemas
+from serve_app.catalog import Catalog
 from serve_app.config import AppConfig
 from serve_app.draining import Drain
 from serve_app.jobs import Backend, ReplicaView
 
+_STARTED = time.monotonic()
 _STATES = ("loaded", "loading", "failed", "idle")
 """Of a model over all replicas: the first that any replica reports."""
 
@@ -43,6 +45,7 @@ def public_settings(config: AppConfig) -> dict[str, Any]:
     for alias, model in config.models.items():
         settings["models"][alias]["source"] = model.repo
         settings["models"][alias]["tokenizer"] = model.tokenizer_repo
+    settings["models_root"] = None if config.models_root is None else "local"
     return settings
 
 
@@ -56,7 +59,7 @@ class Status:
         self.config = config
         self.warnings = tuple(warnings)
         self.drain = drain or Drain()
-        self.started = time.monotonic()
+        self.catalog = Catalog(config)
 
     def _ordered(self) -> list[ReplicaView]:
         order = {name: i for i, name in enumerate(self.backend.groups())}
@@ -65,7 +68,9 @@ class Status:
     def readiness(self) -> tuple[dict[str, Any], bool]:
         views = self._ordered()
         states = {alias: _state(views, alias) for alias in self.config.always_on}
-        ready = all(state == "loaded" for state in states.values()) and not self.drain.draining
+        # A service that sleeps because nobody asks is ready: the next request wakes it.
+        awake = all(state == "loaded" for state in states.values())
+        ready = (awake or (self.config.may_sleep and not views)) and not self.drain.draining
         first = views[0].device if views else None
         body = {
             "status": "draining" if self.drain.draining else "ok" if ready else "loading",
@@ -87,7 +92,7 @@ class Status:
         return {
             "status": "healthy" if loaded and memory_ok and disk_ok else "degraded",
             "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-            "uptime_seconds": round(time.monotonic() - self.started, 1),
+            "uptime_seconds": round(time.monotonic() - _STARTED, 1),
             "checks": {
                 "model": {"status": _word(loaded), "loaded": loaded, "version": facts.get("model_version")},
                 "memory": {
@@ -120,14 +125,16 @@ class Status:
 
     def models(self) -> list[dict[str, Any]]:
         views = self._ordered()
-        answer = []
-        for alias, settings in self.config.models.items():
+        answer, always_on = [], self.config.always_on
+        for alias, spec in self.catalog.all().items():
+            settings = spec.settings
             loaded = [view for view in views if _state([view], alias) == "loaded"]
             facts: Mapping[str, Any] = loaded[0].models[alias] if loaded else {}
             failed = next(
                 (view.models[alias].get("error") for view in views if _state([view], alias) == "failed"), None
             )
             state = _state(views, alias)
+            pending = next((p for view in loaded if (p := view.models[alias].get("pending"))), None)
             answer.append(
                 {
                     "id": alias,
@@ -140,8 +147,9 @@ class Status:
                     "replicas": len(loaded),
                     "state": state,
                     "default": alias == self.config.default_model,
-                    "always_on": self.config.is_always_on(alias),
-                    "error": failed if state == "failed" else None,
+                    "always_on": alias in always_on,
+                    "pending": pending,
+                    "error": failed if state == "failed" else pending and pending["error"],
                 }
             )
         return answer
@@ -150,7 +158,7 @@ class Status:
         return [self._replica(view) for view in self._ordered()]
 
     def _replica(self, view: ReplicaView) -> dict[str, Any]:
-        loaded = [alias for alias in self.config.models if _state([view], alias) == "loaded"]
+        loaded = [alias for alias, facts in view.models.items() if facts["state"] == "loaded"]
         loaded.sort(key=lambda alias: alias != self.config.default_model)
         warming = any(_state([view], alias) != "loaded" for alias in self.config.always_on)
         return {
@@ -168,6 +176,7 @@ class Status:
             "state": "loading" if warming else "running",
             "queued": view.queued,
             "running_rows": view.running_rows,
+            "outstanding_work": view.work,
             "cache_slots_used": view.cache_slots_used,
             "cache_slots_free": view.cache_slots_free,
         }

@@ -41,6 +41,8 @@ class Engine:
         self._books = threading.RLock()
         self._turn = threading.Condition()
         self._driving = False
+        self._live = 0
+        self._progressed_at = time.monotonic()
 
     def run(self, requests: Sequence[Request]) -> None:
         """Submits requests and returns once all have ended; each one's state says how.
@@ -68,6 +70,9 @@ class Engine:
                 for request in taken:
                     self._scheduler.remove(request)
                 raise
+            if not self._live:
+                self._progressed_at = time.monotonic()
+            self._live += len(taken)
 
     def wait(self, requests: Sequence[Request]) -> None:
         """Drives the engine, or lets another thread drive it, until all of the requests have ended."""
@@ -79,7 +84,9 @@ class Engine:
                 self._driving = True
             try:
                 while not all(request.state.ended for request in requests):
-                    if self.step():
+                    ended = self.step()
+                    self._progressed_at = time.monotonic()
+                    if ended:
                         with self._turn:
                             self._turn.notify_all()
             finally:
@@ -194,6 +201,7 @@ class Engine:
             self._lanes.pop(request, None)
             name = state.value
             setattr(self._stats, name, getattr(self._stats, name) + 1)
+            self._live -= 1
         request.state = state
         return True
 
@@ -205,6 +213,10 @@ class Engine:
     def stats(self) -> EngineStats:
         """A copy of the counters. Never waits for a step."""
         return replace(self._stats)
+
+    def stalled_s(self) -> float:
+        """Seconds since the last step ended, or work came; 0 without work. Takes no lock: a hang may hold one."""
+        return time.monotonic() - self._progressed_at if self._live else 0.0
 
     def queued_work(self) -> int:
         """Rows × steps that wait."""

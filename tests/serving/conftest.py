@@ -1,8 +1,12 @@
 """One Ray cluster per session, with two applications: a tiny checkpoint, and a slow engine to break things under."""
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 # Before Ray is imported: with its token it would write into the home directory.
@@ -40,6 +44,41 @@ def free_port():
 
 
 @pytest.fixture(scope="session")
+def serve_run():
+    """(configuration file, port, variables, log) → context: (process of `serve run`, once it is ready)."""
+
+    @contextmanager
+    def start(path, port, variables, log):
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "serve"), "run", str(path)],
+            cwd=ROOT,
+            env={**os.environ, **variables},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # A parent that runs in the background ignores Ctrl-C, and the child would inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+        def ready():
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                return httpx.get(f"http://127.0.0.1:{port}/v1/readyz").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        try:
+            wait_until(ready, 120, 0.25)
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGINT)
+                process.wait(60)
+
+    return start
+
+
+@pytest.fixture(scope="session")
 def ray_serve(free_port):
     """(serve module, base URL) of a cluster on this machine with room for a few replicas."""
     import ray
@@ -65,8 +104,7 @@ def ray_serve(free_port):
 def applications(ray_serve, golden):
     """Both applications, started together: {"real": URL, "slow": URL}.
 
-    "real" is planned from what the cluster says of itself, which claims a GPU that no CUDA device stands behind; "slow"
-    as on a cluster without one.
+    "real" has a replica on the cluster's GPU, which no CUDA device stands behind; "slow" finds too few GPUs.
     """
     from serve_app.app import assemble, build_app
     from serve_app.config import AppConfig
@@ -82,7 +120,13 @@ def applications(ray_serve, golden):
         hybrid=True,
         groups={"gpu": {"num_gpus": 0.5, "num_cpus": 0.5}, "cpu": {"num_cpus": 0.5}},
     )
-    slow = AppConfig(groups={"cpu": {"replicas": 2, "num_cpus": 0.5, "workers": 4}})
+    # Four GPUs a replica are more than the cluster has.
+    cpu = {"replicas": 2, "num_cpus": 0.5, "workers": 4, "hang_timeout_s": 3}
+    # Room for three models, and for 3,000 rows × steps.
+    cpu |= {"model_memory_gb": 3, "max_outstanding_work": 1500}
+    models = {name: {"source": "bundled"} for name in ("kronos-bundled", "b", "c", "d")}
+    models["bad"] = {"source": "org/repo", "tokenizer": "org/repo", "revision": "bad"}
+    slow = AppConfig(models=models, groups={"gpu": {"num_gpus": 4}, "cpu": cpu})
     serve, url = ray_serve
     serve.run_many(
         [

@@ -1,9 +1,6 @@
 """The shipped configuration under `serve run`: start, answer, stop."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,37 +10,17 @@ import yaml
 ROOT = Path(__file__).parents[2]
 
 
-def test_serve_run_starts_answers_and_stops(golden, free_port, wait, tmp_path):
+def test_serve_run_starts_answers_and_stops(golden, free_port, serve_run, tmp_path):
     """The shipped file, on another port and over the tests' checkpoint: the shell's KRONOS_ variables reach it."""
     data = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     port = data["http_options"]["port"] = free_port()
     path = tmp_path / "serve_config.yaml"
     path.write_text(yaml.safe_dump(data))
     variables = {"KRONOS_MODEL_PATH": str(golden), "KRONOS_MAX_REQUEST_SIZE_MB": "3", "KRONOS_MAX_CONTEX": "1"}
-    log = (tmp_path / "log").open("w")
     started = time.monotonic()
-    process = subprocess.Popen(
-        [str(Path(sys.executable).parent / "serve"), "run", str(path)],
-        cwd=ROOT,
-        env={**os.environ, **variables},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        # A parent that runs in the background ignores Ctrl-C, and the child would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    try:
-        url = f"http://127.0.0.1:{port}"
-
-        def ready():
-            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-            try:
-                return httpx.get(f"{url}/v1/readyz").status_code == 200
-            except httpx.TransportError:
-                return False
-
-        wait(ready, 90, 0.25)
+    with serve_run(path, port, variables, tmp_path / "log") as process:
         print(f"ready after {time.monotonic() - started:.1f} s")
+        url = f"http://127.0.0.1:{port}"
         info = httpx.get(f"{url}/v1/info").json()
         assert info["default_model"] == "kronos-local"
         assert info["limits"]["max_request_mb"] == 3
@@ -53,11 +30,6 @@ def test_serve_run_starts_answers_and_stops(golden, free_port, wait, tmp_path):
         assert states["kronos-small"] == "idle"
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(30)
-        log.close()
     try:
         httpx.get(f"{url}/v1/healthz")
         raise AssertionError("somebody still answers")

@@ -66,7 +66,7 @@ def candle_body():
     return make
 
 
-NO_GPU = "the cluster has no GPU: forecasts run on the CPU"
+NO_GPU = "the cluster has 1 GPU(s), fewer than the 4 that one replica asks for: forecasts run on the CPU"
 
 
 def test_a_cluster_without_a_gpu_says_so_everywhere(slow, request_body):
@@ -172,11 +172,12 @@ def test_health_answers_while_forecasts_run(slow, request_body):
 
 
 def test_deadline(slow, request_body, wait):
+    timeouts = metric(slow, "kronos_timeouts_total")
     started = time.monotonic()
     response = slow.post("/v1/forecast", json=request_body(16, 500, deadline_ms=300))
     assert response.status_code == 408
     assert time.monotonic() - started < 5
-    assert metric(slow, "kronos_timeouts_total") == 1
+    assert metric(slow, "kronos_timeouts_total") == timeouts + 1
     wait(lambda: all_idle(slow), 5)
 
 
@@ -194,6 +195,7 @@ def test_a_client_that_leaves_stops_the_computing(slow, request_body, wait):
 
 def test_a_killed_replica_costs_no_forecast_and_is_replaced(slow, request_body, wait):
     before = {replica["pid"] for replica in slow.get("/v1/replicas").json()["replicas"]}
+    retries = metric(slow, "kronos_retries_total")
     answers = []
     thread = threading.Thread(
         target=lambda: answers.append(slow.post("/v1/forecast", json=request_body(16, 60, seed=5, samples=3)))
@@ -214,7 +216,7 @@ def test_a_killed_replica_costs_no_forecast_and_is_replaced(slow, request_body, 
     assert answer.status_code == 200, answer.text
     # The seed and its successors' mean: the retry computed what the first try would have.
     assert answer.json()["series"][0]["mean"]["close"] == [6.0] * 60
-    assert metric(slow, "kronos_retries_total") == 1
+    assert metric(slow, "kronos_retries_total") == retries + 1
 
     def replaced():
         now = {replica["pid"] for replica in slow.get("/v1/replicas").json()["replicas"]}

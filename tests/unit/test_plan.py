@@ -1,8 +1,8 @@
-"""Which replica groups run on which cluster."""
+"""Which replica groups exist on which cluster."""
 
 import pytest
 
-from cluster.plan import GroupRequest, Scale, gpu_slots, plan_groups
+from cluster.plan import GroupRequest, Scale, gpu_slots, plan_groups, why_no_gpu
 
 CPU = GroupRequest(num_cpus=1.0)
 GPU = GroupRequest(num_cpus=1.0, num_gpus=1.0)
@@ -16,62 +16,35 @@ def names(result):
     return [group.name for group in result.groups]
 
 
-def test_a_gpu_is_used_alone_or_with_the_cpu_beside_it():
-    result = plan({"CPU": 8, "GPU": 1})
-    assert names(result) == ["gpu"]
-    assert result.groups[0].num_gpus == 1.0
-    assert (result.device_warning, result.warnings) == (None, ())
-    assert names(plan({"CPU": 8, "GPU": 1}, hybrid=True)) == ["gpu", "cpu"]
-
-
-def test_without_a_gpu_the_cpu_group_says_so():
-    result = plan({"CPU": 2})
-    assert names(result) == ["cpu"]
-    assert result.groups[0].num_gpus == 0
-    assert "no GPU" in result.device_warning
-    assert result.warnings == (result.device_warning,)
-    assert names(plan({"CPU": 2}, hybrid=True)) == ["cpu"]
-
-
-def test_off_asks_for_no_gpu_and_misses_none():
-    result = plan({"CPU": 2, "GPU": 4}, gpu_mode="off")
-    assert (names(result), result.device_warning) == (["cpu"], None)
-
-
-def test_fixed_shows_its_demand_and_is_served_by_the_cpu_meanwhile():
-    result = plan({"CPU": 2}, gpu_mode="fixed")
+@pytest.mark.parametrize("resources", [None, {"CPU": 8}, {"CPU": 8, "GPU": 1}])
+@pytest.mark.parametrize("mode", ["auto", "fixed"])
+def test_both_groups_exist_whatever_the_cluster_has_now(resources, mode):
+    result = plan(resources, gpu_mode=mode)
     assert names(result) == ["gpu", "cpu"]
-    assert result.device_warning is not None
-    assert names(plan({"CPU": 2, "GPU": 1}, gpu_mode="fixed")) == ["gpu"]
+    assert result.group("gpu").follows_gpus is (mode == "auto")
+    assert (result.group("gpu").num_gpus, result.group("cpu").num_gpus) == (1.0, 0.0)
+    assert result.warnings == ()
 
 
-def test_a_cluster_that_was_not_asked():
-    result = plan(None)
-    assert names(result) == ["cpu"]
-    assert "not asked" in result.device_warning
+def test_off_asks_for_no_gpu():
+    assert names(plan({"CPU": 2, "GPU": 4}, gpu_mode="off")) == ["cpu"]
 
 
-def test_more_gpus_per_replica_than_there_are():
-    result = plan({"CPU": 8, "GPU": 1}, gpu=GroupRequest(1.0, 2.0))
-    assert names(result) == ["cpu"]
-    assert "fewer than the 2" in result.device_warning
-
-
-def test_replicas_are_cut_to_the_gpus():
-    result = plan({"CPU": 8, "GPU": 2}, gpu=GroupRequest(1.0, 1.0, Scale(4, 4)))
-    assert result.groups[0].scale == Scale(2, 2)
-    assert "cut to 2" in result.warnings[0]
-    assert result.device_warning is None
-    growing = plan({"CPU": 8, "GPU": 2}, gpu=GroupRequest(1.0, 1.0, Scale(1, 4)))
-    assert growing.groups[0].scale == Scale(1, 2)
-    kept = plan({"CPU": 8, "GPU": 2}, gpu=GroupRequest(1.0, 0.5, Scale(4, 4)))
-    assert (kept.groups[0].scale, kept.warnings) == (Scale(4, 4), ())
+def test_what_is_said_where_no_gpu_replica_answers():
+    assert why_no_gpu({"CPU": 2}, 1) == "the cluster has no GPU: forecasts run on the CPU"
+    assert "fewer than the 2" in why_no_gpu({"GPU": 1}, 2)
+    assert "no live replica" in why_no_gpu({"GPU": 1}, 0.5)
+    assert "not known" in why_no_gpu(None, 1)
 
 
 def test_too_few_cpus_is_a_warning():
-    result = plan({"CPU": 2}, cpu=GroupRequest(1.0, scale=Scale(2, 2)), gpu_mode="off", reserved_cpus=0.1)
-    assert "2.1 CPUs" in result.warnings[0]
-    assert names(result) == ["cpu"]
+    cpu = GroupRequest(1.0, scale=Scale(2, 2))
+    assert "2.1 CPUs" in plan({"CPU": 2}, cpu=cpu, reserved_cpus=0.1).warnings[0]
+    # What sleeps, or waits for a GPU, takes none; what shows its demand does.
+    assert plan({"CPU": 2}, cpu=cpu).warnings == ()
+    assert plan({"CPU": 1}, cpu=GroupRequest(2.0, scale=Scale(0, 4))).warnings == ()
+    assert "3 CPUs" in plan({"CPU": 2}, cpu=cpu, gpu_mode="fixed").warnings[0]
+    assert "3 CPUs" in plan({"CPU": 2, "GPU": 1}, cpu=cpu).warnings[0]
 
 
 @pytest.mark.parametrize(

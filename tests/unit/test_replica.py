@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ from model.errors import (
 )
 from model.types import Paths, Sampling, Window
 from serve_app.config import AppConfig
-from serve_app.deployment import KronosReplica, warm_up_series
+from serve_app.deployment import HungEngineError, KronosReplica, warm_up_series
 from serve_app.engine import group_device
-from serve_app.jobs import DeviceFacts, Done, Failed, Identity, Job, Task
-from serve_app.model_store import ModelStore, ModelUnavailableError
+from serve_app.jobs import Candidate, Chunk, DeviceFacts, Done, Failed, Identity, Job, Resume, Task
+from serve_app.live_config import LiveConfig
 
 FACTS = DeviceFacts("cpu", "cpu", "a processor", "fp32", "exact", False, False, False)
 
@@ -36,6 +37,7 @@ class FakeEngine:
         self.device = FACTS
         self.step_s = step_s
         self.steps = 0
+        self.stalled = 0.0
 
     def cache_slots(self):
         return 3, 7
@@ -43,36 +45,46 @@ class FakeEngine:
     def stats(self):
         return {"steps": self.steps, "rows": self.steps}
 
+    def stalled_s(self):
+        return self.stalled
+
     def forecast(self, series, sampling, *, window="exact", should_stop=None, on_step=None, on_bars=None):
         if sampling.top_k == 13:
             raise InputError("thirteen", code="unlucky", column="close", row=4)
         if sampling.top_k in REFUSALS:
             raise REFUSALS[sampling.top_k]("refused")
-        for _ in range(series.horizon):
+        values = np.full((sampling.samples, series.horizon, 6), float(sampling.seed))
+        values += np.arange(series.horizon)[:, None] / 1000
+        for i in range(series.horizon):
             if should_stop is not None and should_stop():
                 raise ForecastCancelledError("stopped")
             time.sleep(self.step_s)
             self.steps += 1
-        values = np.full((sampling.samples, series.horizon, 6), float(sampling.seed))
+            if on_bars is not None:
+                on_bars(i, values[:, i : i + 1])
         return Paths(values, np.zeros((sampling.samples, series.horizon, 2), np.int64), Window(8, False))
 
 
 class FakeFactory:
     """`missing` cannot be found, until it is taken out; everything else loads in load_s."""
 
-    def __init__(self, config, step_s=0.0, load_s=0.0, missing=()):
+    def __init__(self, step_s=0.0, load_s=0.0, missing=()):
         self.step_s, self.load_s, self.missing = step_s, load_s, set(missing)
         self.engines, self.loads, self.threads = {}, [], None
 
-    def __call__(self, alias, group):
+    def __call__(self, alias, settings):
         self.loads.append((alias, threading.current_thread().name))
         time.sleep(self.load_s)
         if alias in self.missing:
             raise CheckpointNotFoundError(f"/a/secret/path: no {alias}")
-        self.engines[alias] = FakeEngine(alias, self.step_s)
-        return self.engines[alias]
 
-    def device(self, group):
+        def start():
+            self.engines[alias] = FakeEngine(alias, self.step_s)
+            return self.engines[alias]
+
+        return Candidate(1, start, start)
+
+    def device(self):
         return FACTS
 
     def prepare_process(self, threads):
@@ -82,13 +94,8 @@ class FakeFactory:
 def make_replica(limits=None, group=None, **factory):
     models = {name: {"source": "bundled"} for name in ("a", "b", "gone")}
     config = AppConfig(models=models, default_model="a", limits=limits or {}, groups={"cpu": group or {}})
-    made = []
-
-    def factory_of(config):
-        made.append(FakeFactory(config, **factory))
-        return made[0]
-
-    return KronosReplica("cpu", config, factory_of), made[0]
+    made = FakeFactory(**factory)
+    return KronosReplica("cpu", LiveConfig(config, {}), lambda config, group: made), made
 
 
 def make_job(horizon=2, count=1, model="a", timeout_s=10.0, **sampling):
@@ -144,9 +151,17 @@ def test_at_most_as_many_at_once_as_there_are_workers():
 
 
 def test_a_full_queue_refuses():
-    replica, _ = make_replica(group={"max_queued_series": 2})
-    result = asyncio.run(replica.forecast(make_job(count=3)))
-    assert (result.code, result.retry_after_s) == ("queue_full", 1.0)
+    """An idle replica takes a job of any size; a busy one up to twice its bound: the ingress refuses before that."""
+    replica, _ = make_replica(step_s=0.05, group={"max_outstanding_work": 10})
+
+    async def go():
+        large = asyncio.ensure_future(replica.forecast(make_job(18)))
+        await asyncio.sleep(0.05)
+        return await replica.forecast(make_job(2)), await large
+
+    refused, large = asyncio.run(go())
+    assert (refused.code, refused.retry_after_s) == ("queue_full", 1.0)
+    assert isinstance(large, Done)
 
 
 def test_cancelling_and_deadlines_stop_the_computing_within_a_step():
@@ -238,45 +253,115 @@ def test_an_always_on_model_that_failed_is_tried_again():
     assert (states[0], states[-1]) == ("failed", "loaded")
 
 
-def test_one_load_for_many_askers_even_if_the_first_gives_up():
-    loads = []
-
-    def load(alias):
-        loads.append(alias)
-        time.sleep(0.2)
-        return FakeEngine(alias)
+def collect(replica, job, resume=None):
+    """(chunks, the last item) of a stream."""
 
     async def go():
-        store = ModelStore(load, retry_s=1.0)
-        askers = [asyncio.ensure_future(store.get("a")) for _ in range(5)]
+        items = [item async for item in replica.forecast_stream(job, resume)]
+        return items[:-1], items[-1]
+
+    return asyncio.run(go())
+
+
+def test_a_stream_gives_every_bar_once_and_then_the_whole():
+    replica, _ = make_replica(step_s=0.01)
+    chunks, done = collect(replica, make_job(8, count=2, samples=3))
+    assert all(isinstance(chunk, Chunk) for chunk in chunks)
+    # Coalesced: 16 bars came in fewer chunks, but not all at the end.
+    assert 1 < len(chunks) < 8
+    for task in range(2):
+        pieces = [bars for chunk in chunks for bars in chunk.bars if bars.task == task]
+        assert [bars.first for bars in pieces] == list(np.cumsum([0] + [p.values.shape[1] for p in pieces[:-1]]))
+        np.testing.assert_array_equal(np.concatenate([bars.values for bars in pieces], axis=1), done.paths[task].values)
+
+
+def test_a_stream_goes_on_where_another_replica_stopped():
+    replica, _ = make_replica()
+    (first, *_), done = collect(replica, make_job(6))
+    chunks, again = collect(replica, make_job(6), Resume(first.origin, (4,)))
+    pieces = [bars for chunk in chunks for bars in chunk.bars]
+    assert pieces[0].first == 4
+    assert sum(bars.values.shape[1] for bars in pieces) == 2
+    np.testing.assert_array_equal(again.paths[0].values, done.paths[0].values)
+
+
+def test_a_stream_never_mixes_two_models():
+    replica, factory = make_replica()
+    chunks, refused = collect(replica, make_job(6), Resume("other weights/cuda/bf16", (4,)))
+    assert chunks == []
+    assert refused.code == "no_replica"
+    assert factory.engines["a"].steps == 2  # the warm-up's
+
+
+def test_closing_a_stream_stops_the_computing():
+    replica, factory = make_replica(step_s=0.02)
+
+    async def go():
+        stream = replica.forecast_stream(make_job(1000))
+        await anext(stream)
+        await stream.aclose()
         await asyncio.sleep(0.05)
-        assert store.states(["a", "b"]) == {"a": {"state": "loading"}, "b": {"state": "idle"}}
-        askers[0].cancel()
-        return await asyncio.gather(*askers[1:])
+        steps = factory.engines["a"].steps
+        await asyncio.sleep(0.2)
+        return steps, await replica.record_routing_stats()
 
-    engines = asyncio.run(go())
-    assert loads == ["a"]
-    assert len({id(engine) for engine in engines}) == 1
+    steps, news = asyncio.run(go())
+    assert factory.engines["a"].steps - steps <= 1
+    assert (news["running_rows"], news["work"]) == (0, {})
 
 
-def test_a_failure_is_remembered_for_its_time():
-    now, loads = [0.0], []
-
-    def load(alias):
-        loads.append(alias)
-        raise CheckpointNotFoundError("no")
+def test_work_is_counted_by_who_sent_it():
+    replica, _ = make_replica(step_s=0.02)
 
     async def go():
-        store = ModelStore(load, retry_s=10.0, clock=lambda: now[0])
-        waits = []
-        for now[0] in (0.0, 4.0, 11.0):
-            with pytest.raises(ModelUnavailableError) as caught:
-                await store.get("a")
-            waits.append(caught.value.retry_after_s)
-        return waits
+        jobs = [replace(make_job(10, samples=3), sender=sender) for sender in ("x", "y")]
+        running = [asyncio.ensure_future(replica.forecast(job)) for job in jobs]
+        await asyncio.sleep(0.05)
+        work = (await replica.record_routing_stats())["work"]
+        scaling = await replica.record_autoscaling_stats()
+        await asyncio.gather(*running)
+        return work, scaling, (await replica.record_routing_stats())["work"]
 
-    assert asyncio.run(go()) == [10.0, 6.0, 10.0]
-    assert loads == ["a", "a"]
+    # 3 paths of 10 bars, and a step for 8 bars of history.
+    assert asyncio.run(go()) == ({"x": 31, "y": 31}, {"work": 62.0}, {})
+
+
+def test_a_hung_engine_makes_the_replica_unhealthy_and_a_busy_one_does_not():
+    replica, factory = make_replica(group={"hang_timeout_s": 10})
+    asyncio.run(replica.check_health())
+    factory.engines["a"].stalled = 9.0
+    asyncio.run(replica.check_health())
+    factory.engines["a"].stalled = 11.0
+    with pytest.raises(HungEngineError, match="11 s"):
+        asyncio.run(replica.check_health())
+
+
+def test_a_bad_user_config_changes_nothing():
+    replica, _ = make_replica()
+    before = replica.config
+    asyncio.run(replica.reconfigure({"limits": {"load_wait_s": -1}}))
+    asyncio.run(replica.reconfigure({"groups": {}}))
+    assert replica.config == before
+    asyncio.run(replica.reconfigure({"limits": {"load_wait_s": 3}}))
+    assert replica.config.limits.load_wait_s == 3
+    asyncio.run(replica.reconfigure({}))
+    assert replica.config == before
+
+
+def test_models_of_a_reconfigured_replica():
+    replica, factory = make_replica()
+
+    async def go():
+        await replica.reconfigure({"models": {"new": {"source": "bundled"}}, "default_model": "new"})
+        for _ in range(100):
+            await asyncio.sleep(0.01)
+            if "new" in factory.engines:
+                break
+        return [await replica.forecast(make_job(model=model)) for model in ("new", "a", "b")]
+
+    new, old, unknown = asyncio.run(go())
+    assert (new.identity.id, old.identity.id) == ("new", "a")
+    assert unknown.code == "unknown_model"
 
 
 def test_the_group_decides_the_device():

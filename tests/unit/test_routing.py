@@ -3,13 +3,15 @@
 import asyncio
 import time
 
+import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError
 
 from cluster.plan import Plan, PlannedGroup, Scale
+from model.types import Sampling, Series
 from serve_app import routing
 from serve_app.errors import ServiceError
-from serve_app.jobs import DeviceFacts, Done, Failed, Identity, Job
+from serve_app.jobs import Answered, Bars, Chunk, DeviceFacts, Done, Failed, Identity, Job, Resume, Task
 from serve_app.listing import REPLICAS
 from serve_app.routing import RayBackend, deployment_name
 
@@ -19,8 +21,18 @@ JOB = Job("id", "m", (), 10.0)
 
 
 class Response:
+    """Of a call, or of a stream if the outcome is a list: its items, exceptions among them."""
+
     def __init__(self, outcome):
         self.outcome, self.cancelled = outcome, False
+
+    async def __anext__(self):
+        if not self.outcome:
+            await asyncio.sleep(60)
+        item = self.outcome.pop(0)
+        if isinstance(item, Exception):
+            raise item
+        return item
 
     def __await__(self):
         return self._wait().__await__()
@@ -40,25 +52,40 @@ class Handle:
     """Gives one outcome after another: a result, an exception, or None for no answer at all."""
 
     def __init__(self, *outcomes):
-        self.outcomes, self.responses = list(outcomes), []
+        self.outcomes, self.responses, self.wakes, self.sent = list(outcomes), [], 0, []
 
-    def options(self, method_name):
-        return self
+    def options(self, method_name, stream=False):
+        return self.wake() if method_name == "wake" else self
 
-    def remote(self, job):
+    def wake(self):
+        return Waker(self)
+
+    def remote(self, job, resume=None):
+        self.sent.append((job, resume))
         self.responses.append(Response(self.outcomes.pop(0)))
         return self.responses[-1]
+
+
+class Waker:
+    def __init__(self, handle):
+        self.handle = handle
+
+    def remote(self):
+        self.handle.wakes += 1
+        return Response(None)
 
 
 @pytest.fixture(autouse=True)
 def listing(monkeypatch):
     monkeypatch.setattr(routing, "POLL_S", 0.01)
+    monkeypatch.setattr(routing, "WATCH_S", 0.02)
+    monkeypatch.setattr(routing, "LEFT_ALONE_S", 0.1)
     REPLICAS.clear()
     yield REPLICAS
     REPLICAS.clear()
 
 
-NEWS = {"queued": 0, "running_rows": 0, "cache_slots_used": 0, "cache_slots_free": 9, "counters": {}}
+NEWS = {"queued": 0, "work": {}, "running_rows": 0, "cache_slots_used": 0, "cache_slots_free": 9, "counters": {}}
 
 
 def entry(group):
@@ -70,11 +97,13 @@ def entry(group):
     }
 
 
-def backend(handles, wait_s=0.1, alive=None):
+def backend(handles, wait_s=0.1, alive=None, bound=100, gpus=0.0, **options):
     for group in handles if alive is None else alive:
         REPLICAS[deployment_name(group)] = {f"{group}-1": entry(group)}
-    groups = tuple(PlannedGroup(name, 1.0, 0.0, Scale()) for name in handles)
-    return RayBackend(handles, Plan(groups), wait_s)
+    groups = tuple(PlannedGroup(name, 1.0, 1.0, Scale(), follows_gpus=name == "gpu") for name in handles)
+    bounds = dict.fromkeys(handles, bound)
+    resources = {"CPU": 8.0, "GPU": gpus}
+    return RayBackend(handles, Plan(groups), bounds, replica_wait_s=wait_s, resources=lambda: resources, **options)
 
 
 def ask(made, prefer=None, job=JOB):
@@ -92,9 +121,22 @@ def test_a_group_that_is_not_there_means_the_other_and_is_said():
     answered = ask(backend({"cpu": Handle(DONE)}), "gpu")
     assert answered.group == "cpu"
     assert "gpu group was requested" in answered.warnings[0]
-    answered = ask(backend({"gpu": Handle(), "cpu": Handle(DONE)}, alive=["cpu"]))
-    assert answered.group == "cpu"
-    assert "no live replica" in answered.warnings[0]
+    made = backend({"gpu": Handle(), "cpu": Handle(DONE, DONE)}, alive=["cpu"])
+    answered = ask(made)
+    # device_warning says it to all.
+    assert (answered.group, answered.warnings) == ("cpu", ())
+    assert made.device_warning == "the cluster has no GPU: forecasts run on the CPU"
+    assert "gpu group was requested and has no live replica" in ask(made, "gpu").warnings[0]
+
+
+def test_the_device_warning_follows_the_cluster():
+    made = backend({"gpu": Handle(), "cpu": Handle()}, alive=["cpu"])
+    assert "no GPU" in made.device_warning
+    REPLICAS[deployment_name("gpu")] = {"gpu-1": entry("gpu")}
+    assert made.device_warning is None
+    REPLICAS[deployment_name("gpu")] = {}
+    assert "no GPU" in made.device_warning
+    assert backend({"cpu": Handle()}).device_warning is None
 
 
 def test_no_replica_is_waited_for_a_bounded_time():
@@ -178,3 +220,128 @@ def test_the_listing():
     assert [view.replica_id for view in views] == ["gpu-1", "cpu-1", "cpu-2"]
     assert (views[2].queued, views[2].running_rows, views[2].models) == (3, 4, {"m": {"state": "loaded"}})
     assert views[0].device == FACTS
+
+
+# --- bounds -----------------------------------------------------------------------------------------------------------
+
+
+def job_of(work):
+    series = Series(np.zeros((0, 6), np.float32), np.zeros((0, 5), np.int64), np.zeros((work, 5), np.int64))
+    return Job("id", "m", (Task(series, Sampling(samples=1)),), 10.0)
+
+
+def test_a_full_group_spills_over_and_two_full_groups_refuse_at_once():
+    handles = {"gpu": Handle(None, None), "cpu": Handle(None, None)}
+    made = backend(handles, bound=100)
+
+    async def go():
+        running = [asyncio.ensure_future(made.forecast(job_of(60), None)) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        assert [len(handle.sent) for handle in handles.values()] == [1, 1]
+        started = time.monotonic()
+        with pytest.raises(ServiceError) as caught:
+            await made.forecast(job_of(60), None)
+        assert time.monotonic() - started < 0.05
+        for job in running:
+            job.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        return caught.value
+
+    refused = asyncio.run(go())
+    assert (refused.status, refused.code) == (429, "queue_full")
+    assert 1 <= int(refused.headers["Retry-After"]) <= 30
+    assert [len(handle.sent) for handle in handles.values()] == [1, 1]
+    assert [made.admission.outstanding(group) for group in handles] == [0, 0]
+
+
+def test_spilling_is_said_and_can_be_switched_off():
+    made = backend({"gpu": Handle(None), "cpu": Handle(DONE)}, bound=100)
+
+    async def go(made):
+        busy = asyncio.ensure_future(made.forecast(job_of(100), None))
+        await asyncio.sleep(0.01)
+        try:
+            return await made.forecast(job_of(1), None)
+        finally:
+            busy.cancel()
+
+    answered = asyncio.run(go(made))
+    assert answered.group == "cpu"
+    assert "the gpu group is full now" in answered.warnings[0]
+    with pytest.raises(ServiceError, match="as much work as they may"):
+        asyncio.run(go(backend({"gpu": Handle(None), "cpu": Handle(DONE)}, bound=100, spill=False)))
+
+
+def test_what_other_ingress_replicas_sent_counts():
+    made = backend({"cpu": Handle(DONE)}, bound=100)
+    REPLICAS[deployment_name("cpu")]["cpu-1"]["stats"] = {**NEWS, "work": {"somebody else": 90}}
+    with pytest.raises(ServiceError) as caught:
+        ask(made, job=job_of(20))
+    assert caught.value.code == "queue_full"
+    # What is known of our own work is newer than what the replica says of it.
+    REPLICAS[deployment_name("cpu")]["cpu-1"]["stats"] = {**NEWS, "work": {made._sender: 90}}
+    assert ask(made, job=job_of(20)).done is DONE
+
+
+def test_a_sleeping_group_is_woken_by_who_waits_but_never_for_gpus_that_are_not_there():
+    for gpus, wakes in ((0.0, [0, 1]), (1.0, [1, 1])):
+        handles = {"gpu": Handle(), "cpu": Handle(DONE)}
+        made = backend(handles, wait_s=5, alive=[], gpus=gpus)
+
+        async def go(made=made):
+            asyncio.get_running_loop().call_later(0.1, REPLICAS.update, {deployment_name("cpu"): {"x": entry("cpu")}})
+            return await made.forecast(JOB, None)
+
+        REPLICAS.clear()
+        assert asyncio.run(go()).group == "cpu"
+        assert [handle.wakes for handle in handles.values()] == wakes
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+def chunk(first, count, origin="o"):
+    return Chunk(origin, (Bars(0, first, np.arange(first, first + count, dtype=float)[None, :, None].repeat(6, 2)),))
+
+
+def read(made, job=None):
+    async def go():
+        return [item async for item in made.stream(job or job_of(10), None)]
+
+    return asyncio.run(go())
+
+
+def test_a_stream_passes_bars_on_and_ends_with_the_answer():
+    made = backend({"cpu": Handle([chunk(0, 2), chunk(2, 3), DONE])})
+    first, second, last = read(made)
+    assert (first.first, second.first, second.values.shape) == (0, 2, (1, 3, 6))
+    assert isinstance(last, Answered)
+    assert last.done is DONE
+
+
+def test_a_retry_goes_on_where_the_lost_replica_stopped():
+    handle = Handle([chunk(0, 2), chunk(2, 3), ActorDiedError()], [chunk(5, 5), DONE])
+    items = read(backend({"cpu": handle}))
+    assert [bars.first for bars in items[:-1]] == [0, 2, 5]
+    assert [resume for _, resume in handle.sent] == [None, Resume("o", (5,))]
+
+
+def test_a_stream_that_fails_raises():
+    for outcome in ([chunk(0, 2), Failed("deadline_passed", "late")], [chunk(0, 2), ActorDiedError()]):
+        with pytest.raises(ServiceError):
+            read(backend({"cpu": Handle(outcome, [ActorDiedError()])}))
+
+
+def test_closing_a_stream_cancels_the_call_and_frees_its_place():
+    handle = Handle([chunk(0, 2)])
+    made = backend({"cpu": handle})
+
+    async def go():
+        stream = made.stream(job_of(10), None)
+        await anext(stream)
+        assert made.admission.outstanding("cpu") == 10
+        await stream.aclose()
+
+    asyncio.run(go())
+    assert handle.responses[0].cancelled
+    assert made.admission.outstanding("cpu") == 0

@@ -10,8 +10,10 @@ import yaml
 from pydantic import ValidationError
 
 from serve_app.cli import check_config, main
-from serve_app.config import AppConfig
+from serve_app.config import AppConfig, Limits
 from serve_app.environment import KNOWN, EnvironmentVariableError, apply_environment
+from serve_app.live_config import InvalidUserConfigError, LiveConfig
+from serve_app.reconfigure import RestartNeededError, with_user_config
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "serve_config.yaml"
@@ -75,6 +77,8 @@ def test_the_service_binds_to_this_machine():
         ({"groups": {"gpu": {"num_gpus": 0}}}, "greater than 0"),
         ({"groups": {"cpu": {"replicas": 2, "autoscaling": {"max_replicas": 3}}}}, "either replicas or autoscaling"),
         ({"groups": {"cpu": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}}, "min_replicas is above"),
+        ({"groups": {"cpu": {"cache_gb": 8}}}, "no model would fit"),
+        ({"groups": {"cpu": {"precision": "fp16"}}}, "'auto', 'fp32', 'bf16' or 'int8'"),
         ({"defaults": {"pred_len": 513}}, "over the limit of 512"),
     ],
 )
@@ -178,6 +182,63 @@ def test_unknown_variables_are_warnings_with_the_nearest_name():
 def test_bad_values_name_their_variable(name, value):
     with pytest.raises(EnvironmentVariableError, match=f"KRONOS_{name}"):
         override(**{name: value})
+
+
+# --- settings of a running service ------------------------------------------------------------------------------------
+
+
+def test_user_config_replaces_keys_of_args_and_variables_stay_on_top():
+    live = LiveConfig(AppConfig(clip=3), {"KRONOS_DEFAULT_TOP_K": "5", "OTHER": "x"})
+    config = live.update({"limits": {"max_horizon": 64}})
+    assert (config.limits.max_horizon, config.defaults.top_k, config.clip) == (64, 5, 3)
+    assert live.update({}).limits == Limits()
+
+
+@pytest.mark.parametrize(
+    ("user_config", "words"),
+    [
+        ({"group": {}}, "'group' cannot change without a restart"),
+        ({"limit": {}}, "did you mean 'limits'"),
+        ({"limits": {"max_horizon": 0}}, "limits.max_horizon"),
+        ({"default_model": "absent"}, "is not in models"),
+    ],
+)
+def test_a_bad_user_config_changes_nothing(user_config, words):
+    live = LiveConfig(AppConfig(), {})
+    before = live.current
+    with pytest.raises(InvalidUserConfigError, match=words):
+        live.update(user_config)
+    assert live.current == before
+
+
+def test_what_reconfigure_sends():
+    running = {
+        "name": "kronos",
+        "import_path": "x:y",
+        "args": {"clip": 3.0, "limits": {"max_horizon": 100}},
+        "deployments": [{"name": "kronos_cpu", "max_ongoing_requests": 7}],
+    }
+    edited = {"clip": 3, "limits": {"max_horizon": 64}, "models": {"a": {"source": "bundled"}}, "default_model": "a"}
+    sent = with_user_config(running, ["ingress", "kronos_cpu"], edited)
+    live = {key: edited[key] for key in ("limits", "models", "default_model")}
+    # The args stay: Ray would restart every replica if they changed.
+    assert sent == {
+        **running,
+        "deployments": [
+            {"name": "ingress", "user_config": live},
+            {"name": "kronos_cpu", "max_ongoing_requests": 7, "user_config": live},
+        ],
+    }
+    with pytest.raises(RestartNeededError, match="clip, ingress cannot change"):
+        with_user_config(running, [], {"ingress": {"replicas": 2}})
+
+
+def test_check_config_reads_user_config(tmp_path):
+    data = yaml.safe_load(CONFIG.read_text())
+    data["applications"][0]["deployments"] = [{"name": "ingress", "user_config": {"limits": {"max_horizons": 1}}}]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(data))
+    assert "did you mean 'max_horizon'" in check_config(str(path), {})[0][0]
 
 
 # --- check-config -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from model.types import Sampling
 from serve_app.config import AppConfig
 from serve_app.deployment import KronosReplica, warm_up_series
 from serve_app.engine import EngineFactory
+from serve_app.live_config import LiveConfig
 
 
 def config(golden, **settings):
@@ -15,8 +16,12 @@ def config(golden, **settings):
     return AppConfig(models=models, default_model="tiny", **settings)
 
 
+def make_engine(config, group="cpu"):
+    return EngineFactory(config, group)("tiny", config.models["tiny"]).start()
+
+
 def test_an_engine_has_the_settings_of_its_model(golden, predictor):
-    engine = EngineFactory(config(golden, clip=3.5))("tiny", "cpu")
+    engine = make_engine(config(golden, clip=3.5))
     assert (engine._predictor.clip, engine._predictor.max_context) == (3.5, 64)
     assert (engine.identity.id, engine.identity.repo, engine.identity.max_context) == ("tiny", "local", 64)
     assert engine.identity.parameters > 0
@@ -24,7 +29,7 @@ def test_an_engine_has_the_settings_of_its_model(golden, predictor):
     assert (engine.device.device, engine.device.backend) == ("cpu", "cpu")
     assert "'cuda:0' was requested" in engine.device.device_warning
 
-    engine = EngineFactory(config(golden))("tiny", "cpu")
+    engine = make_engine(config(golden))
     sampling = Sampling(samples=2, seed=3)
     ours, theirs = engine.forecast(warm_up_series(), sampling), predictor.forecast_series(warm_up_series(), sampling)
     np.testing.assert_array_equal(ours.tokens, theirs.tokens)
@@ -39,9 +44,10 @@ def threads():
 
 def test_threads_follow_num_cpus(golden, threads):
     for num_cpus, expected in ((3.0, 3), (0.5, 1)):
-        replica = KronosReplica("cpu", config(golden, groups={"cpu": {"num_cpus": num_cpus}}), EngineFactory)
+        live = LiveConfig(config(golden, groups={"cpu": {"num_cpus": num_cpus}}), {})
+        replica = KronosReplica("cpu", live, EngineFactory)
         assert torch.get_num_threads() == expected
-        assert replica._store.states(["tiny"])["tiny"]["state"] == "loaded"
+        assert replica._store.states()["tiny"]["state"] == "loaded"
 
 
 def test_no_cuda_call_is_reached_in_a_cpu_group(golden, monkeypatch):
@@ -50,5 +56,25 @@ def test_no_cuda_call_is_reached_in_a_cpu_group(golden, monkeypatch):
 
     for name in ("device_count", "get_device_properties", "current_device", "init", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, forbidden)
-    engine = EngineFactory(config(golden))("tiny", "cpu")
+    engine = make_engine(config(golden))
     assert np.isfinite(engine.forecast(warm_up_series(), Sampling(seed=0)).values).all()
+
+
+def test_precision_is_what_was_asked_for_or_says_why_not(golden, monkeypatch):
+    facts = make_engine(config(golden, groups={"cpu": {"precision": "int8"}})).device
+    assert (facts.precision, facts.precision_reason) == ("int8", "as requested")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    engine = make_engine(config(golden, groups={"cpu": {"precision": "bf16"}}))
+    assert engine.device.precision == "fp32"
+    assert "precision 'bf16' was requested" in engine.device.precision_reason
+    assert "precision 'bf16' was requested" in engine.device.device_warning
+    assert np.isfinite(engine.forecast(warm_up_series(), Sampling(seed=0)).values).all()
+
+
+def test_what_an_engine_will_need(golden):
+    candidate = EngineFactory(config(golden, groups={"cpu": {"cache_gb": 0.5}}), "cpu")(
+        "tiny", config(golden).models["tiny"]
+    )
+    weights = sum((golden / part / "model.safetensors").stat().st_size for part in ("model", "tokenizer"))
+    # Twice the weights, but for headers and buffers, and the cache.
+    assert candidate.size == pytest.approx(2 * weights + 2**29, rel=0.01)
