@@ -256,6 +256,17 @@ def fuzz(context: Context) -> list[dict[str, Any]]:
     return [result("generated requests", None, checks, statuses=" ".join(f"{k}:{v}" for k, v in statuses.items()))]
 
 
+def schemathesis(context: Context) -> list[dict[str, Any]]:
+    """Requests that a tool makes of /openapi.json, and answers held against it."""
+    before = {process.pid for process in context.service.processes("replica")}
+    status = inputs.schemathesis(context.service.url, 20 if context.quick else 500)
+    checks = {
+        "no 5xx, answers as described": status == 0,
+        "no restart": before == {process.pid for process in context.service.processes("replica")},
+    }
+    return [result("schemathesis on /openapi.json", None, checks)]
+
+
 def _taken(service: Service) -> float:
     """Series of 4 paths that wait or run."""
     return sum(one["queued"] + one["running_rows"] / 4 for one in service.replicas())
@@ -269,6 +280,7 @@ CASES: dict[str, Callable[[Context], list[dict[str, Any]]]] = {
     "cancel": cancel,
     "poison": poison,
     "fuzz": fuzz,
+    "schemathesis": schemathesis,
     "update": code_update,
     "drain": drain,
 }

@@ -42,10 +42,13 @@ ENVIRONMENT = {
     # A killed proxy is back after 4 s instead of 25.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
+    # glibc gives every few threads a heap of their own, and what is freed there stays: a soak grew by 5 % per 1,000
+    # requests in all processes, and with two heaps by next to nothing.
+    "MALLOC_ARENA_MAX": "2",
     # Drops the headers by which a client could give Ray's proxy orders: docs/security.md.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy:middlewares",
 }
-"""Ray reads these when its processes start; what the caller has set wins."""
+"""Ray's processes inherit these; what the caller has set wins."""
 FAST_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
