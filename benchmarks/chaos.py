@@ -48,9 +48,10 @@ class Context:
     service: Service
     rate: float
     quick: bool
+    model: str | None = None
 
     def fire(self, seconds: float, **options: Any) -> Run:
-        return asyncio.run(fire(self.service.url, bodies(), self.rate, seconds, **options))
+        return asyncio.run(fire(self.service.url, bodies(model=self.model), self.rate, seconds, **options))
 
 
 def result(case: str, run: Run | None, checks: dict[str, bool], **facts: Any) -> dict[str, Any]:
@@ -293,7 +294,8 @@ def run_swaps(rate: float, quick: bool) -> list[dict[str, Any]]:
         root = Path(folder)
         swaps.install(root, swaps.BUNDLED)
         with Service(swaps.config(root)) as service:
-            context = Context(service, rate, quick)
+            context = Context(service, rate, quick, swaps.ALIAS)
+            swaps.load_everywhere(service.url, len(service.replicas()))
             rows = []
             for name, change, good in swaps.CHANGES:
                 run, verdict = swaps.swap_under_load(context.service.url, root, change, good, context.fire, quick)

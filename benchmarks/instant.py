@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from model.types import Paths, Sampling, Series, Window
-from serve_app.config import AppConfig
-from serve_app.jobs import DeviceFacts, Identity
+from serve_app.config import AppConfig, ModelConfig
+from serve_app.jobs import Candidate, DeviceFacts, Identity
 
 FACTS = DeviceFacts("cpu", "cpu", "no computing", "fp32", "exact", False, False, False)
 
@@ -38,13 +38,16 @@ class InstantEngine:
 
 
 class InstantFactory:
-    def __init__(self, config: AppConfig) -> None:
+    def __init__(self, config: AppConfig, group: str) -> None:
         self.config = config
 
-    def __call__(self, alias: str, group: str) -> InstantEngine:
-        return InstantEngine(alias)
+    def __call__(self, alias: str, settings: ModelConfig) -> Candidate:
+        def engine() -> InstantEngine:
+            return InstantEngine(alias)
 
-    def device(self, group: str) -> DeviceFacts:
+        return Candidate(1, engine, engine)
+
+    def device(self) -> DeviceFacts:
         return FACTS
 
     def prepare_process(self, threads: int) -> None:

@@ -52,8 +52,8 @@ def forecast_body(index: int, history: int = HISTORY, horizon: int = HORIZON, **
     return {"series": [series], "seed": index, **settings}
 
 
-def bodies(count: int = 500) -> list[bytes]:
-    return [json.dumps(forecast_body(index)).encode() for index in range(count)]
+def bodies(count: int = 500, **settings: Any) -> list[bytes]:
+    return [json.dumps(forecast_body(index, **settings)).encode() for index in range(count)]
 
 
 def idle(url: str, timeout_s: float = 60.0) -> None:

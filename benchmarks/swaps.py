@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from benchmarks.load import forecast_body
 from benchmarks.open_loop import Run
 from benchmarks.service import bundled_config
 
@@ -23,16 +24,17 @@ BUNDLED = Path(__file__).parents[1] / "model" / "bundled"
 ALIAS = "swapped"
 WEIGHTS = "model/model.safetensors"
 
+SETTLE_S = 8.0
+"""For a change to be noticed, read and warmed up, or refused, after the load."""
+
 Change = Callable[[Path], None]
 
 
 def config(root: Path) -> dict[str, Any]:
-    """The bundled model, and what lies under root; ALIAS is what requests get that name no model."""
+    """The bundled model, and what lies under root: the folder ALIAS is served as the model of that name."""
     data = bundled_config(2)
     args = data["applications"][0]["args"]
     args["models_root"] = str(root)
-    args["models"] = {ALIAS: {"source": str(root / ALIAS)}}
-    args["default_model"] = ALIAS
     return data
 
 
@@ -79,8 +81,7 @@ def _truncate(folder: Path) -> None:
 
 
 def _pickle(folder: Path) -> None:
-    (folder / WEIGHTS).unlink()
-    (folder / "model" / "pytorch_model.bin").write_bytes(pickle.dumps({"weights": [1, 2, 3]}))
+    (folder / WEIGHTS).write_bytes(pickle.dumps({"weights": [1, 2, 3]}))
 
 
 CHANGES: list[tuple[str, Change, bool]] = [
@@ -99,6 +100,18 @@ def checksum(url: str) -> str | None:
     return next((one["sha256"] for one in models if one["id"] == ALIAS), None)
 
 
+def load_everywhere(url: str, replicas: int, timeout_s: float = 60.0) -> None:
+    """Asks for the model until every replica has it: it loads on first use. Raises TimeoutError."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        httpx.post(f"{url}/v1/forecast", json=forecast_body(0, model=ALIAS), timeout=60)
+        models = httpx.get(f"{url}/v1/models", timeout=30).json()["models"]
+        if any(one["id"] == ALIAS and one["replicas"] == replicas for one in models):
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"{ALIAS} is not loaded everywhere")
+
+
 def swap_under_load(
     url: str, root: Path, change: Change, good: bool, load: Callable[..., Run], quick: bool
 ) -> tuple[Run, dict[str, bool]]:
@@ -110,7 +123,9 @@ def swap_under_load(
         await asyncio.to_thread(install, root, BUNDLED, change)
 
     run = load(10 if quick else 20, during=swap)
-    after = checksum(url)
+    end = time.monotonic() + SETTLE_S
+    while (after := checksum(url)) == before and time.monotonic() < end:
+        time.sleep(0.2)
     if good:
         return run, {"the new weights answer": after is not None and after != before}
     return run, {"the old weights answer": after == before}
