@@ -5,10 +5,10 @@ serve_app.run calls start() in every ingress replica, and again until nothing is
 
 from __future__ import annotations
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.errors import ServiceError
+from serve_app.middleware import refuse
 
 _READING = ("GET", "HEAD", "OPTIONS")
 """Probes, scrapes and pages are answered until the end, and nobody waits for them."""
@@ -43,9 +43,7 @@ class DrainMiddleware:
             return
         if self.drain.draining:
             error = ServiceError("draining", "the service is stopping and takes no new work; try again soon")
-            record = scope["state"]["record"]
-            record.details.update(error_type=error.code, error_message=error.message)
-            await JSONResponse(error.body(record.request_id), error.status, error.headers)(scope, receive, send)
+            await refuse(send, error, scope["state"]["record"])
             return
         self.drain.in_flight += 1
         try:
