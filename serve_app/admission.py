@@ -1,6 +1,7 @@
 """How much work may be under way in a group: decided from counters, at once, before anything is sent. No Ray.
 
 Work is rows × steps (serve_app.jobs.Job.work): a request for 100 paths weighs a hundred times as much as one for one.
+Two bounds hold: an absolute one per replica, and one in seconds, from the rate at which work came back lately.
 """
 
 from __future__ import annotations
@@ -8,21 +9,43 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 RATE_WINDOW_S = 30.0
 UNKNOWN_RETRY_S = 5.0
 """Told to a client as long as nothing has been measured."""
+LARGEST_SHARE = 0.5
+"""Of the bound in seconds, what one job may take up: the engine computes jobs side by side, so behind a huge one the
+others do not have to wait for all of it."""
+SHORTEST_BUSY_S = 0.05
+
+
+@dataclass(eq=False)
+class Booking:
+    """A job that is under way. busy_s: how long its group had been busy when it came."""
+
+    group: str
+    work: int
+    busy_s: float
 
 
 class Admission:
     """What one ingress replica has sent to each group and not got back, against the groups' bounds."""
 
-    def __init__(self, bounds: Mapping[str, int], clock: Callable[[], float] = time.monotonic) -> None:
-        """bounds: group → work that may wait or run per live replica."""
-        self.bounds = dict(bounds)
+    def __init__(
+        self,
+        bounds: Mapping[str, int],
+        max_wait_s: Mapping[str, float],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """bounds: group → work that may wait or run per live replica. max_wait_s: group → the same in seconds."""
+        self.bounds, self.max_wait_s = dict(bounds), dict(max_wait_s)
         self._clock = clock
+        self._bookings: dict[str, set[Booking]] = {name: set() for name in bounds}
         self._own: Counter[str] = Counter()
-        self._finished: dict[str, deque[tuple[float, int]]] = {name: deque() for name in bounds}
+        self._finished: dict[str, deque[tuple[float, Booking]]] = {name: deque() for name in bounds}
+        self._busy: dict[str, float] = dict.fromkeys(bounds, 0.0)
+        self._busy_since: dict[str, float] = {}
 
     def outstanding(self, group: str) -> int:
         """Work that this process has in the group."""
@@ -31,30 +54,56 @@ class Admission:
     def has_room(self, group: str, work: int, replicas: int, others: int) -> bool:
         """others: work that other ingress replicas have there. An idle group takes a job of any size."""
         busy = self._own[group] + others
-        return busy == 0 or busy + work <= self.bounds[group] * max(1, replicas)
+        if busy == 0:
+            return True
+        return busy + work <= self.bounds[group] * max(1, replicas) and self.wait_s(group) <= self.max_wait_s[group]
 
-    def start(self, group: str, work: int) -> None:
+    def start(self, group: str, work: int) -> Booking:
+        """Books a job; give what it returns to end()."""
+        if not self._bookings[group]:
+            self._busy_since[group] = self._clock()
+        booking = Booking(group, work, self._busy_s(group))
+        self._bookings[group].add(booking)
         self._own[group] += work
+        return booking
 
-    def end(self, group: str, work: int, *, computed: bool) -> None:
+    def end(self, booking: Booking, *, computed: bool) -> None:
         """computed: the work was done, rather than cancelled or refused; it counts for the rate."""
-        self._own[group] -= work
+        group = booking.group
         if computed:
-            self._finished[group].append((self._clock(), work))
+            self._finished[group].append((self._clock(), booking))
+        self._bookings[group].remove(booking)
+        self._own[group] -= booking.work
+        if not self._bookings[group]:
+            self._busy[group] += self._clock() - self._busy_since.pop(group)
+
+    def _busy_s(self, group: str) -> float:
+        """Seconds in which the group had work of this process."""
+        since = self._busy_since.get(group)
+        return self._busy[group] + (0.0 if since is None else self._clock() - since)
 
     def rate(self, group: str) -> float | None:
-        """Work per second that came back over the last RATE_WINDOW_S; None if nothing did."""
+        """Work that came back per second in which there was some, over the last RATE_WINDOW_S; None if nothing did."""
         finished, now = self._finished[group], self._clock()
         while finished and finished[0][0] < now - RATE_WINDOW_S:
             finished.popleft()
         if not finished:
             return None
-        return sum(work for _, work in finished) / max(1.0, now - finished[0][0])
+        busy = self._busy_s(group) - min(booking.busy_s for _, booking in finished)
+        return sum(booking.work for _, booking in finished) / max(SHORTEST_BUSY_S, busy)
+
+    def wait_s(self, group: str) -> float:
+        """Seconds of work under way; 0 as long as nothing has been measured."""
+        rate = self.rate(group)
+        if rate is None:
+            return 0.0
+        largest = LARGEST_SHARE * self.max_wait_s[group] * rate
+        return sum(min(booking.work, largest) for booking in self._bookings[group]) / rate
 
     def retry_after_s(self, group: str, work: int, replicas: int, others: int) -> float:
-        """When there should be room again: the excess over the measured rate, 1 to 30 s."""
+        """When there should be room again, 1 to 30 s: the excess over either bound at the measured rate."""
         rate = self.rate(group)
-        if not rate:
+        if rate is None:
             return UNKNOWN_RETRY_S
         excess = self._own[group] + others + work - self.bounds[group] * max(1, replicas)
-        return min(30.0, max(1.0, excess / rate))
+        return min(30.0, max(1.0, excess / rate, self.wait_s(group) - self.max_wait_s[group]))

@@ -17,6 +17,7 @@ from ray.serve.context import _get_global_client  # no public way to the address
 from ray.serve.handle import DeploymentHandle
 
 from cluster.plan import GroupRequest, Plan, PlannedGroup, Scale, plan_groups, probe_resources
+from serve_app.admission import Admission
 from serve_app.cluster_watch import ClusterWatch
 from serve_app.config import AppConfig, AuthConfig, GroupConfig
 from serve_app.deployment import KronosReplica, MakeFactory
@@ -61,7 +62,10 @@ class Ingress:
         self._backend = RayBackend(
             groups,
             plan,
-            {name: config.group(name).max_outstanding_work for name in groups},
+            Admission(
+                {name: config.group(name).max_outstanding_work for name in groups},
+                {name: config.group(name).max_wait_s for name in groups},
+            ),
             replica_wait_s=config.limits.replica_wait_s,
             spill=config.hybrid,
             resources=lambda: None if watch is None else watch.resources,

@@ -16,7 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from cluster.plan import Plan, gpu_slots, why_no_gpu
-from serve_app.admission import Admission
+from serve_app.admission import Admission, Booking
 from serve_app.errors import FieldError, ServiceError, invalid_fields
 from serve_app.jobs import Answered, Bars, Chunk, DeviceFacts, Done, Failed, Job, ReplicaView, Resume
 from serve_app.listing import REPLICAS
@@ -69,13 +69,13 @@ class RayBackend:
         self,
         handles: Mapping[str, DeploymentHandle],
         plan: Plan,
-        bounds: Mapping[str, int],
+        admission: Admission,
         *,
         replica_wait_s: float,
         spill: bool = True,
         resources: Callable[[], Mapping[str, float] | None] = lambda: None,
     ) -> None:
-        """handles: one per planned group. bounds: group → work that may wait or run per live replica.
+        """handles: one per planned group. admission: how much may be under way in each.
 
         replica_wait_s: how long to wait where no group has a replica. spill: a full group's jobs go to the next one.
         resources: the latest of the cluster's totals; costs nothing.
@@ -92,7 +92,7 @@ class RayBackend:
         self._resources = resources
         self._sender = uuid.uuid4().hex[:8]
         self._waiting_work = 0
-        self.admission = Admission(bounds)
+        self.admission = admission
         self.replica_wait_s = replica_wait_s
         self.on_retry: Callable[[], None] = lambda: None
         """Called when a job is sent again."""
@@ -137,7 +137,8 @@ class RayBackend:
         started = time.monotonic()
         delivery = _Delivery([0] * len(job.tasks))
         while True:
-            group, warnings = await self._admit(job, prefer, delivery)
+            booking, warnings = await self._admit(job, prefer, delivery)
+            group = booking.group
             left = job.timeout_s - (time.monotonic() - started)
             result: Done | Failed | None = None
             send_next, cancel = start(
@@ -158,7 +159,7 @@ class RayBackend:
             except BackPressureError:
                 raise ServiceError("queue_full", "all replicas are full") from None
             finally:
-                self.admission.end(group, job.work, computed=isinstance(result, Done))
+                self.admission.end(booking, computed=isinstance(result, Done))
                 if result is None:
                     # The deadline passed or the client is gone: the replica hears of it and stops within one step.
                     cancel()
@@ -173,8 +174,8 @@ class RayBackend:
         delivery.avoid = None if delivery.resume() else group
         self.on_retry()
 
-    async def _admit(self, job: Job, prefer: str | None, delivery: _Delivery) -> tuple[str, tuple[str, ...]]:
-        """Books the job on a group with room: its name, and what to say about it.
+    async def _admit(self, job: Job, prefer: str | None, delivery: _Delivery) -> tuple[Booking, tuple[str, ...]]:
+        """Books the job on a group with room, and what to say about it.
 
         Raises ServiceError: queue_full at once if every group that may answer is full; no_replica after a bounded wait
         if none has a replica.
@@ -184,8 +185,7 @@ class RayBackend:
         usable = alive if self._spill else alive[:1]
         for name in usable:
             if self.admission.has_room(name, job.work, len(_alive(name)), self._others(name)):
-                self.admission.start(name, job.work)
-                return name, self._group_warnings(prefer, name)
+                return self.admission.start(name, job.work), self._group_warnings(prefer, name)
         if self._spill:
             self._wake([name for name in order if name not in alive])
         wait = min(

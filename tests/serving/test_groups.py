@@ -12,6 +12,7 @@ import pytest
 
 from cluster.plan import Plan, PlannedGroup, Scale
 from model.types import Sampling, Series
+from serve_app.admission import Admission
 from serve_app.deployment import warm_up_series
 from serve_app.jobs import Answered, Bars, Job, Task
 from serve_app.routing import RayBackend
@@ -23,7 +24,12 @@ def backend(applications, ray_serve, wait):
     """The application "slow", as its ingress sees it, in this process."""
     serve, _ = ray_serve
     handles = {"cpu": serve.get_deployment_handle("kronos_cpu", "slow")}
-    made = RayBackend(handles, Plan((PlannedGroup("cpu", 1.0, 0.0, Scale()),)), {"cpu": 10**6}, replica_wait_s=20)
+    made = RayBackend(
+        handles,
+        Plan((PlannedGroup("cpu", 1.0, 0.0, Scale()),)),
+        Admission({"cpu": 10**6}, {"cpu": 60.0}),
+        replica_wait_s=20,
+    )
     wait(lambda: len(made.replicas()) == 2, 30)
     return made
 
@@ -124,6 +130,7 @@ def test_idle_models_make_room_and_bad_ones_do_not(slow, request_body, wait):
             response = slow.post("/v1/forecast", json=request_body(16, 1, model=model))
             assert (response.status_code, response.json()["model"]["id"]) == (200, model)
     wait(lambda: all(len(models) == 3 for models in loaded()), 5)
+    time.sleep(1.5)  # until the replicas have reported the last of it
     before = loaded()
     for model, code in (("bad", 503), ("unknown", 404)):
         assert slow.post("/v1/forecast", json=request_body(16, 1, model=model)).status_code == code

@@ -4,6 +4,12 @@ import pytest
 
 from serve_app.admission import UNKNOWN_RETRY_S, Admission
 
+LONG = 1e9
+
+
+def admission_of(clock, bound=100, max_wait_s=LONG):
+    return Admission({"cpu": bound}, {"cpu": max_wait_s}, clock)
+
 
 @pytest.fixture
 def clock():
@@ -17,46 +23,92 @@ def clock():
 
 
 def test_work_counts_and_not_requests(clock):
-    admission = Admission({"cpu": 100}, clock)
+    admission = admission_of(clock)
+    bookings = []
     for _ in range(10):
         assert admission.has_room("cpu", 10, 1, 0)
-        admission.start("cpu", 10)
+        bookings.append(admission.start("cpu", 10))
     assert not admission.has_room("cpu", 1, 1, 0)
     assert admission.has_room("cpu", 1, 2, 0)
-    admission.end("cpu", 10, computed=True)
+    admission.end(bookings.pop(), computed=True)
     assert admission.has_room("cpu", 10, 1, 0)
     assert not admission.has_room("cpu", 11, 1, 0)
 
 
 def test_an_idle_group_takes_a_job_of_any_size(clock):
-    admission = Admission({"cpu": 100}, clock)
+    admission = admission_of(clock)
     assert admission.has_room("cpu", 1000, 1, 0)
     assert not admission.has_room("cpu", 1000, 1, others=1)
 
 
 def test_what_other_ingress_replicas_sent_counts_too(clock):
-    admission = Admission({"cpu": 100}, clock)
+    admission = admission_of(clock)
     assert admission.has_room("cpu", 40, 1, others=60)
     assert not admission.has_room("cpu", 41, 1, others=60)
 
 
+def compute(admission, clock, work, seconds):
+    """One job that takes so long."""
+    booking = admission.start("cpu", work)
+    clock.now += seconds
+    admission.end(booking, computed=True)
+
+
+def test_the_rate_counts_the_time_in_which_there_was_work(clock):
+    admission = admission_of(clock)
+    for _ in range(3):
+        compute(admission, clock, 20, 2.0)
+        clock.now += 5  # nobody asks
+    assert admission.rate("cpu") == 10.0
+    clock.now += 60
+    assert admission.rate("cpu") is None
+
+
+def test_side_by_side_counts_once(clock):
+    admission = admission_of(clock)
+    bookings = [admission.start("cpu", 10) for _ in range(4)]
+    clock.now += 2
+    for booking in bookings:
+        admission.end(booking, computed=True)
+    assert admission.rate("cpu") == 20.0
+
+
+def test_no_more_than_the_bound_in_seconds_at_the_measured_rate(clock):
+    admission = admission_of(clock, bound=10**6, max_wait_s=5.0)
+    for _ in range(1000):
+        assert admission.has_room("cpu", 10, 1, 0)  # nothing has been measured
+    compute(admission, clock, 10, 1.0)
+    admitted = 0
+    while admission.has_room("cpu", 10, 1, 0):
+        admission.start("cpu", 10)
+        admitted += 1
+    assert admitted == 6  # 50 units take 5 s; one more goes in while the wait is not above it
+    assert not admission.has_room("cpu", 1, 9, 0)
+    assert 1.0 <= admission.retry_after_s("cpu", 1, 1, 0) <= 30.0
+
+
+def test_one_huge_job_leaves_room_for_others(clock):
+    admission = admission_of(clock, bound=10**6, max_wait_s=5.0)
+    compute(admission, clock, 10, 1.0)
+    admission.start("cpu", 100_000)
+    assert admission.wait_s("cpu") == 2.5
+    assert admission.has_room("cpu", 10, 1, 0)
+    admission.start("cpu", 100_000)
+    admission.start("cpu", 10)
+    assert not admission.has_room("cpu", 10, 1, 0)
+
+
 def test_retry_after_is_the_excess_over_the_measured_rate(clock):
-    admission = Admission({"cpu": 100}, clock)
+    admission = admission_of(clock)
     assert admission.retry_after_s("cpu", 10, 1, 0) == UNKNOWN_RETRY_S
-    for clock.now in (0.0, 5.0, 10.0):
-        admission.start("cpu", 20)
-        admission.end("cpu", 20, computed=True)
-    assert admission.rate("cpu") == 6.0
+    compute(admission, clock, 60, 10.0)
     admission.start("cpu", 100)
     assert admission.retry_after_s("cpu", 36, 1, 0) == 6.0
     assert admission.retry_after_s("cpu", 1, 1, 0) == 1.0
     assert admission.retry_after_s("cpu", 10_000, 1, 0) == 30.0
-    clock.now = 60.0
-    assert admission.rate("cpu") is None
 
 
 def test_what_was_cancelled_says_nothing_about_the_rate(clock):
-    admission = Admission({"cpu": 100}, clock)
-    admission.start("cpu", 50)
-    admission.end("cpu", 50, computed=False)
+    admission = admission_of(clock)
+    admission.end(admission.start("cpu", 50), computed=False)
     assert (admission.rate("cpu"), admission.outstanding("cpu")) == (None, 0)

@@ -10,6 +10,7 @@ from ray.exceptions import ActorDiedError
 from cluster.plan import Plan, PlannedGroup, Scale
 from model.types import Sampling, Series
 from serve_app import routing
+from serve_app.admission import Admission
 from serve_app.errors import ServiceError
 from serve_app.jobs import Answered, Bars, Chunk, DeviceFacts, Done, Failed, Identity, Job, Resume, Task
 from serve_app.listing import REPLICAS
@@ -103,7 +104,8 @@ def backend(handles, wait_s=0.1, alive=None, bound=100, gpus=0.0, **options):
     groups = tuple(PlannedGroup(name, 1.0, 1.0, Scale(), follows_gpus=name == "gpu") for name in handles)
     bounds = dict.fromkeys(handles, bound)
     resources = {"CPU": 8.0, "GPU": gpus}
-    return RayBackend(handles, Plan(groups), bounds, replica_wait_s=wait_s, resources=lambda: resources, **options)
+    admission = Admission(bounds, dict.fromkeys(bounds, 1e9))
+    return RayBackend(handles, Plan(groups), admission, replica_wait_s=wait_s, resources=lambda: resources, **options)
 
 
 def ask(made, prefer=None, job=JOB):
