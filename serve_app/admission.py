@@ -1,7 +1,8 @@
 """How much work may be under way in a group: decided from counters, at once, before anything is sent. No Ray.
 
 Work is rows × steps (serve_app.jobs.Job.work): a request for 100 paths weighs a hundred times as much as one for one.
-Two bounds hold: an absolute one per replica, and one in seconds, from the rate at which work came back lately.
+Two bounds hold: an absolute one per replica; and one in seconds, from the rate at which work came back lately, once
+there is so much of it that more at a time would not come back faster.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ SHORTEST_BUSY_S = 0.05
 
 @dataclass(eq=False)
 class Booking:
-    """A job that is under way. busy_s: how long its group had been busy when it came."""
+    """A job that is under way. series: how many. busy_s: how long its group had been busy when it came."""
 
     group: str
     work: int
+    series: int
     busy_s: float
 
 
@@ -36,10 +38,14 @@ class Admission:
         self,
         bounds: Mapping[str, int],
         max_wait_s: Mapping[str, float],
+        workers: Mapping[str, int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """bounds: group → work that may wait or run per live replica. max_wait_s: group → the same in seconds."""
-        self.bounds, self.max_wait_s = dict(bounds), dict(max_wait_s)
+        """bounds: group → work that may wait or run per live replica. max_wait_s: group → the same in seconds.
+
+        workers: group → series that a replica computes side by side; the bound in seconds holds from there on.
+        """
+        self.bounds, self.max_wait_s, self.workers = dict(bounds), dict(max_wait_s), dict(workers)
         self._clock = clock
         self._bookings: dict[str, set[Booking]] = {name: set() for name in bounds}
         self._own: Counter[str] = Counter()
@@ -53,16 +59,19 @@ class Admission:
 
     def has_room(self, group: str, work: int, replicas: int, others: int) -> bool:
         """others: work that other ingress replicas have there. An idle group takes a job of any size."""
-        busy = self._own[group] + others
+        busy, replicas = self._own[group] + others, max(1, replicas)
         if busy == 0:
             return True
-        return busy + work <= self.bounds[group] * max(1, replicas) and self.wait_s(group) <= self.max_wait_s[group]
+        if busy + work > self.bounds[group] * replicas:
+            return False
+        series = sum(booking.series for booking in self._bookings[group])
+        return series < self.workers[group] * replicas or self.wait_s(group) <= self.max_wait_s[group]
 
-    def start(self, group: str, work: int) -> Booking:
+    def start(self, group: str, work: int, series: int) -> Booking:
         """Books a job; give what it returns to end()."""
         if not self._bookings[group]:
             self._busy_since[group] = self._clock()
-        booking = Booking(group, work, self._busy_s(group))
+        booking = Booking(group, work, series, self._busy_s(group))
         self._bookings[group].add(booking)
         self._own[group] += work
         return booking

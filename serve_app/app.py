@@ -65,6 +65,7 @@ class Ingress:
             Admission(
                 {name: config.group(name).max_outstanding_work for name in groups},
                 {name: config.group(name).max_wait_s for name in groups},
+                {name: config.group(name).workers for name in groups},
             ),
             replica_wait_s=config.limits.replica_wait_s,
             spill=config.hybrid,

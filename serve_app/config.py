@@ -124,7 +124,8 @@ class GroupConfig(Strict):
     model_memory_gb: for all loaded models of a replica, weights and caches; those neither always on nor in use make
         room for others. While a model is replaced, its two versions count as one.
     max_outstanding_work: rows × steps that may wait or run per live replica; more goes to the other group or is a 429.
-    max_wait_s: the same in seconds, at the rate at which the group's work came back lately.
+    max_wait_s: the same in seconds, at the rate at which the group's work came back lately; holds once there are more
+        series than workers.
     precision: of the model's arithmetic; "auto" is what suits the device. What a device cannot do falls back to auto.
     compile: compile the model for its device; slower to start.
     hang_timeout_s: a replica whose engine has work and finishes no step for so long is replaced.

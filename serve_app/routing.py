@@ -185,7 +185,7 @@ class RayBackend:
         usable = alive if self._spill else alive[:1]
         for name in usable:
             if self.admission.has_room(name, job.work, len(_alive(name)), self._others(name)):
-                return self.admission.start(name, job.work), self._group_warnings(prefer, name)
+                return self.admission.start(name, job.work, len(job.tasks)), self._group_warnings(prefer, name)
         if self._spill:
             self._wake([name for name in order if name not in alive])
         wait = min(

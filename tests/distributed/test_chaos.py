@@ -8,6 +8,9 @@ from benchmarks.service import Service, bundled_config
 RATE = 3.0
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def context():
     with Service(bundled_config(2, ingress={"num_cpus": 0.1, "replicas": 2})) as service:
@@ -32,13 +35,11 @@ def test_generated_requests_never_make_a_5xx(context):
     shown(chaos.fuzz(context))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kill-replica", "kill-controller", "update"])
 def test_nobody_notices(context, name):
     shown(chaos.CASES[name](context))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kill-ingress", "kill-proxy"])
 def test_a_retry_is_enough(context, name):
     """How long it takes is measured in benchmarks/chaos.py: here time decides nothing."""

@@ -90,6 +90,7 @@ def wait_for_refusal(http):
     raise AssertionError("new work is still taken")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_does_not_wait(second):
     """A supervisor's SIGTERM to the process alone, and somebody in a hurry."""
@@ -107,6 +108,7 @@ def test_a_second_signal_does_not_wait(second):
         assert "requests are cut off" in service.log_path.read_text()
 
 
+@pytest.mark.slow
 def test_what_cannot_start_ends_with_the_reason():
     config = slow_config(cpu={"num_cpus": 0.5})
     config["applications"][0]["import_path"] = "serve_app.app:no_such_builder"

@@ -135,6 +135,7 @@ def test_a_gpu_node_is_used_when_it_joins_and_its_work_goes_on_when_it_leaves(cl
     assert [replica["pid"] for replica in client.get("/v1/replicas").json()["replicas"]] == [cpu["pid"]]
 
 
+@pytest.mark.slow
 def test_fixed_shows_its_demand_and_the_cpu_serves_meanwhile(cluster, bars):
     from ray import serve
     from ray.autoscaler.v2.sdk import get_cluster_status

@@ -27,7 +27,7 @@ def backend(applications, ray_serve, wait):
     made = RayBackend(
         handles,
         Plan((PlannedGroup("cpu", 1.0, 0.0, Scale()),)),
-        Admission({"cpu": 10**6}, {"cpu": 60.0}),
+        Admission({"cpu": 10**6}, {"cpu": 60.0}, {"cpu": 16}),
         replica_wait_s=20,
     )
     wait(lambda: len(made.replicas()) == 2, 30)

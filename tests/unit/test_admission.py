@@ -7,8 +7,8 @@ from serve_app.admission import UNKNOWN_RETRY_S, Admission
 LONG = 1e9
 
 
-def admission_of(clock, bound=100, max_wait_s=LONG):
-    return Admission({"cpu": bound}, {"cpu": max_wait_s}, clock)
+def admission_of(clock, bound=100, max_wait_s=LONG, workers=1):
+    return Admission({"cpu": bound}, {"cpu": max_wait_s}, {"cpu": workers}, clock)
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_work_counts_and_not_requests(clock):
     bookings = []
     for _ in range(10):
         assert admission.has_room("cpu", 10, 1, 0)
-        bookings.append(admission.start("cpu", 10))
+        bookings.append(admission.start("cpu", 10, 1))
     assert not admission.has_room("cpu", 1, 1, 0)
     assert admission.has_room("cpu", 1, 2, 0)
     admission.end(bookings.pop(), computed=True)
@@ -49,7 +49,7 @@ def test_what_other_ingress_replicas_sent_counts_too(clock):
 
 def compute(admission, clock, work, seconds):
     """One job that takes so long."""
-    booking = admission.start("cpu", work)
+    booking = admission.start("cpu", work, 1)
     clock.now += seconds
     admission.end(booking, computed=True)
 
@@ -66,7 +66,7 @@ def test_the_rate_counts_the_time_in_which_there_was_work(clock):
 
 def test_side_by_side_counts_once(clock):
     admission = admission_of(clock)
-    bookings = [admission.start("cpu", 10) for _ in range(4)]
+    bookings = [admission.start("cpu", 10, 1) for _ in range(4)]
     clock.now += 2
     for booking in bookings:
         admission.end(booking, computed=True)
@@ -80,21 +80,31 @@ def test_no_more_than_the_bound_in_seconds_at_the_measured_rate(clock):
     compute(admission, clock, 10, 1.0)
     admitted = 0
     while admission.has_room("cpu", 10, 1, 0):
-        admission.start("cpu", 10)
+        admission.start("cpu", 10, 1)
         admitted += 1
     assert admitted == 6  # 50 units take 5 s; one more goes in while the wait is not above it
-    assert not admission.has_room("cpu", 1, 9, 0)
+    assert not admission.has_room("cpu", 1, 1, 0)
     assert 1.0 <= admission.retry_after_s("cpu", 1, 1, 0) <= 30.0
+
+
+def test_the_bound_in_seconds_waits_until_every_worker_has_something(clock):
+    """A job alone says little about how fast many come back side by side."""
+    admission = admission_of(clock, bound=10**6, max_wait_s=5.0, workers=4)
+    compute(admission, clock, 10, 1.0)
+    for _ in range(8):
+        assert admission.has_room("cpu", 1000, 2, 0)
+        admission.start("cpu", 1000, 1)
+    assert not admission.has_room("cpu", 1000, 2, 0)
 
 
 def test_one_huge_job_leaves_room_for_others(clock):
     admission = admission_of(clock, bound=10**6, max_wait_s=5.0)
     compute(admission, clock, 10, 1.0)
-    admission.start("cpu", 100_000)
+    admission.start("cpu", 100_000, 1)
     assert admission.wait_s("cpu") == 2.5
     assert admission.has_room("cpu", 10, 1, 0)
-    admission.start("cpu", 100_000)
-    admission.start("cpu", 10)
+    admission.start("cpu", 100_000, 1)
+    admission.start("cpu", 10, 1)
     assert not admission.has_room("cpu", 10, 1, 0)
 
 
@@ -102,7 +112,7 @@ def test_retry_after_is_the_excess_over_the_measured_rate(clock):
     admission = admission_of(clock)
     assert admission.retry_after_s("cpu", 10, 1, 0) == UNKNOWN_RETRY_S
     compute(admission, clock, 60, 10.0)
-    admission.start("cpu", 100)
+    admission.start("cpu", 100, 1)
     assert admission.retry_after_s("cpu", 36, 1, 0) == 6.0
     assert admission.retry_after_s("cpu", 1, 1, 0) == 1.0
     assert admission.retry_after_s("cpu", 10_000, 1, 0) == 30.0
@@ -110,5 +120,5 @@ def test_retry_after_is_the_excess_over_the_measured_rate(clock):
 
 def test_what_was_cancelled_says_nothing_about_the_rate(clock):
     admission = admission_of(clock)
-    admission.end(admission.start("cpu", 50), computed=False)
+    admission.end(admission.start("cpu", 50, 1), computed=False)
     assert (admission.rate("cpu"), admission.outstanding("cpu")) == (None, 0)

@@ -104,7 +104,7 @@ def backend(handles, wait_s=0.1, alive=None, bound=100, gpus=0.0, **options):
     groups = tuple(PlannedGroup(name, 1.0, 1.0, Scale(), follows_gpus=name == "gpu") for name in handles)
     bounds = dict.fromkeys(handles, bound)
     resources = {"CPU": 8.0, "GPU": gpus}
-    admission = Admission(bounds, dict.fromkeys(bounds, 1e9))
+    admission = Admission(bounds, dict.fromkeys(bounds, 1e9), dict.fromkeys(bounds, 16))
     return RayBackend(handles, Plan(groups), admission, replica_wait_s=wait_s, resources=lambda: resources, **options)
 
 
