@@ -6,7 +6,7 @@ torch is imported when an engine is made, not with this module, so that the ingr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from model.engine.types import BarsCallback
@@ -23,10 +23,17 @@ class PredictorEngine:
 
     def __init__(self, identity: Identity, device: DeviceFacts, predictor: Any) -> None:
         self.identity = identity
-        self.device = device
+        self._facts = device
         self._predictor = predictor
         # Made here, with its whole cache: what does not fit fails now, and not in somebody's request.
         self._engine = predictor.engine
+
+    @property
+    def device(self) -> DeviceFacts:
+        """With what the engine found out since: that it cannot compile, or capture CUDA graphs, here."""
+        if not self._engine.warnings:
+            return self._facts
+        return replace(self._facts, device_warning=_joined(self._facts.device_warning, *self._engine.warnings))
 
     def forecast(
         self,
@@ -163,5 +170,9 @@ def device_facts(device: Any, precision: str, warning: str | None) -> DeviceFact
         gpu_available=info.gpu_available,
         cuda_available=info.cuda_available,
         mps_available=info.mps_available,
-        device_warning="; ".join(text for text in (warning, fallback) if text) or None,
+        device_warning=_joined(warning, fallback),
     )
+
+
+def _joined(*warnings: str | None) -> str | None:
+    return "; ".join(text for text in warnings if text) or None

@@ -120,7 +120,10 @@ class Engine(Protocol):
     """One model on one device."""
 
     identity: Identity
-    device: DeviceFacts
+
+    @property
+    def device(self) -> DeviceFacts:
+        """What it computes on, and what it does without."""
 
     def forecast(
         self,

@@ -35,6 +35,16 @@ def test_an_engine_has_the_settings_of_its_model(golden, predictor):
     np.testing.assert_array_equal(ours.tokens, theirs.tokens)
 
 
+def test_a_compiler_that_fails_is_said_in_every_answer(golden, monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    engine = make_engine(config(golden, groups={"cpu": {"compile": True}}))
+    assert "torch.compile is off" in engine.device.device_warning
+    assert np.isfinite(engine.forecast(warm_up_series(), Sampling(seed=0)).values).all()
+
+
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()
