@@ -7,33 +7,21 @@ checks that the service makes.
 """
 
 import asyncio
-import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
+
+import pandas as pd
+import torch
+import uvicorn
+from fastapi import FastAPI, Request
+from public_checkout import load  # the folder of this script comes first in sys.path
 
 
 def main(checkout: str, weights: str, max_context: str, port: str, threads: str) -> None:
-    sys.path[0] = checkout
-    import pandas as pd
-    import torch
-    import uvicorn
-    from fastapi import FastAPI, Request
-    from safetensors.torch import load_file
-
-    from model import kronos as public  # sys.path starts at the checkout
-
+    public, model, tokenizer = load(checkout, weights)
     torch.set_num_threads(int(threads))
-    networks = {}
-    for name, cls in (("model", public.Kronos), ("tokenizer", public.KronosTokenizer)):
-        folder = Path(weights) / name
-        network = cls(**json.loads((folder / "config.json").read_text()))
-        network.load_state_dict(load_file(folder / "model.safetensors"))
-        networks[name] = network.eval()
-    predictor = public.KronosPredictor(
-        networks["model"], networks["tokenizer"], device="cpu", max_context=int(max_context)
-    )
+    predictor = public.KronosPredictor(model, tokenizer, device="cpu", max_context=int(max_context))
     # One at a time: the public model caches its rotary tables while it computes, and two threads break each other's.
     worker = ThreadPoolExecutor(1)
     app = FastAPI()

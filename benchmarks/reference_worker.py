@@ -10,24 +10,14 @@ Reads one JSON object a line and answers with one: {"rows", "window"} → second
 import json
 import sys
 import time
-from pathlib import Path
+
+import torch
+from public_checkout import load  # the folder of this script comes first in sys.path
 
 
 def main(checkout: str, weights: str, threads: str) -> None:
-    sys.path[0] = checkout
-    import torch
-    from safetensors.torch import load_file
-
-    from model import kronos as public  # sys.path starts at the checkout
-
+    public, model, tokenizer = load(checkout, weights)
     torch.set_num_threads(int(threads))
-    networks = {}
-    for name, cls in (("model", public.Kronos), ("tokenizer", public.KronosTokenizer)):
-        folder = Path(weights) / name
-        network = cls(**json.loads((folder / "config.json").read_text()))
-        network.load_state_dict(load_file(folder / "model.safetensors"))
-        networks[name] = network.eval()
-    model, tokenizer = networks["model"], networks["tokenizer"]
 
     def step(rows: int, window: int) -> None:
         s1, s2 = (torch.randint(0, 1024, (rows, window)) for _ in range(2))

@@ -12,7 +12,7 @@ from typing import Any
 from model.engine.types import BarsCallback
 from model.types import Paths, Sampling, Series, StepCallback, StopCheck
 from serve_app.config import AppConfig, ModelConfig
-from serve_app.jobs import Candidate, DeviceFacts, Identity
+from serve_app.jobs import Candidate, DeviceFacts, Identity, joined_warnings
 
 REHEARSAL_CACHE_BYTES = 32 * 2**20
 """Cache of the engine that only shows whether a checkpoint works."""
@@ -33,7 +33,7 @@ class PredictorEngine:
         """With what the engine found out since: that it cannot compile, or capture CUDA graphs, here."""
         if not self._engine.warnings:
             return self._facts
-        return replace(self._facts, device_warning=_joined(self._facts.device_warning, *self._engine.warnings))
+        return replace(self._facts, device_warning=joined_warnings(self._facts.device_warning, *self._engine.warnings))
 
     def forecast(
         self,
@@ -170,9 +170,5 @@ def device_facts(device: Any, precision: str, warning: str | None) -> DeviceFact
         gpu_available=info.gpu_available,
         cuda_available=info.cuda_available,
         mps_available=info.mps_available,
-        device_warning=_joined(warning, fallback),
+        device_warning=joined_warnings(warning, fallback),
     )
-
-
-def _joined(*warnings: str | None) -> str | None:
-    return "; ".join(text for text in warnings if text) or None

@@ -18,13 +18,12 @@ from serve_app.bodies import ARROW, body_kind, read_body
 from serve_app.config import AppConfig
 from serve_app.connection import until_gone
 from serve_app.errors import FieldError, ServiceError, invalid_fields
-from serve_app.jobs import Answered, Backend, Bars, Job
+from serve_app.jobs import Answered, Backend, Bars, Job, joined_warnings
 from serve_app.limits import ClientLimits
 from serve_app.logs import LOGGER_NAME
 from serve_app.metrics import Metrics
 from serve_app.middleware import Record
 from serve_app.reading import Asked
-from serve_app.status import joined
 from serve_app.stream import EventStream, event
 
 T = TypeVar("T")
@@ -184,7 +183,7 @@ class _Work:
             group=answered.group,
             replica=done.replica_id,
         )
-        warning = joined(service.backend.device_warning, done.device.device_warning, *answered.warnings)
+        warning = joined_warnings(service.backend.device_warning, done.device.device_warning, *answered.warnings)
         if warning is not None:
             service.metrics.fallbacks.inc()
         return await asyncio.to_thread(self.write, self.asked, answered, warning)

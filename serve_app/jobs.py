@@ -66,6 +66,11 @@ class Identity:
     tokenizer_version: str
 
 
+def joined_warnings(*warnings: str | None) -> str | None:
+    """Several warnings as one, each once; None if there is none."""
+    return "; ".join(dict.fromkeys(warning for warning in warnings if warning)) or None
+
+
 @dataclass(frozen=True)
 class DeviceFacts:
     """What a replica computes on, and why."""

@@ -13,7 +13,7 @@ from serve_app import schemas
 from serve_app.catalog import Catalog
 from serve_app.config import AppConfig
 from serve_app.draining import Drain
-from serve_app.jobs import Backend, ReplicaView
+from serve_app.jobs import Backend, ReplicaView, joined_warnings
 
 _STARTED = time.monotonic()
 _STATES = ("loaded", "loading", "failed", "idle")
@@ -32,11 +32,6 @@ ROUTES = (
     "/v1/metrics",
     "/docs",
 )
-
-
-def joined(*warnings: str | None) -> str | None:
-    """Several warnings as one, each once; None if there is none."""
-    return "; ".join(dict.fromkeys(warning for warning in warnings if warning)) or None
 
 
 def public_settings(config: AppConfig) -> dict[str, Any]:
@@ -78,7 +73,7 @@ class Status:
             "status": "draining" if self.drain.draining else "ok" if ready else "loading",
             "model_loaded": states[self.config.default_model] == "loaded",
             "device": first.device if first else None,
-            "device_warning": joined(self.backend.device_warning, first.device_warning if first else None),
+            "device_warning": joined_warnings(self.backend.device_warning, first.device_warning if first else None),
             "models": [{"id": alias, "state": state} for alias, state in states.items()],
         }
         return body, ready
@@ -174,7 +169,7 @@ class Status:
             "device_name": view.device.device_name,
             "precision": view.device.precision,
             "precision_reason": view.device.precision_reason,
-            "device_warning": joined(self.backend.device_warning, view.device.device_warning),
+            "device_warning": joined_warnings(self.backend.device_warning, view.device.device_warning),
             "state": "loading" if warming else "running",
             "queued": view.queued,
             "running_rows": view.running_rows,

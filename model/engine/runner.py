@@ -64,6 +64,17 @@ class Lane:
         return self.request.history + self.step
 
     @property
+    def window_history(self) -> int:
+        """Bars of history in the window; what follows them there was generated."""
+        return max(0, self.request.history - self.start)
+
+    @property
+    def left(self) -> int:
+        """Rows × bars of the window that are not cached."""
+        own = self.end - self.start - self.window_history
+        return self.window_history - self.cache.history_length + self.request.rows * (own - self.cache.own_length)
+
+    @property
     def finished(self) -> bool:
         return self.step == self.request.horizon
 
@@ -150,18 +161,14 @@ class Runner:
     @torch.inference_mode()
     def prefill(self, lane: Lane, chunk: int) -> int:
         """Computes some rows × bars of the window; returns how many are left."""
-        rows, cache = lane.request.rows, lane.cache
-        history = max(0, lane.request.history - lane.start)
-        own = lane.end - lane.start - history
-        if cache.history_length < history:
-            stop = min(history, cache.history_length + chunk)
-            context = self._history_context(lane, slice(cache.history_length, stop))
+        done, rows = lane.cache.history_length, lane.request.rows
+        if done < lane.window_history:
+            context = self._history_context(lane, slice(done, min(lane.window_history, done + chunk)))
         else:
-            context = self._own_context(lane, min(own - cache.own_length, max(1, chunk // rows)))
-        left = history - cache.history_length + rows * (own - cache.own_length)
-        if not left:
+            context = self._own_context(lane, min(lane.left // rows, max(1, chunk // rows)))
+        if not lane.left:
             lane.context, lane.fresh = context[:, -1:], True
-        return left
+        return lane.left
 
     def slide(self, lane: Lane) -> int:
         """Moves the window if it has become too long; returns the rows × bars that then have to be prefilled, or 0."""
@@ -170,8 +177,7 @@ class Runner:
             return 0
         lane.start = lane.end - limit - 1 + lane.request.window.hop
         lane.cache.clear()
-        history = max(0, lane.request.history - lane.start)
-        return history + lane.request.rows * (lane.end - lane.start - history)
+        return lane.left
 
     @torch.inference_mode()
     def step(self, lanes: Sequence[Lane]) -> None:

@@ -122,12 +122,11 @@ class Scheduler:
         """
         computed = self._prefilling[request] - left
         self._prefilling[request] = left
-        if left:
-            return computed
-        del self._prefilling[request]
-        self._running.append(request)
-        self._running.sort(key=self._order.__getitem__)
-        request.state = State.RUNNING
+        if not left:
+            del self._prefilling[request]
+            self._running.append(request)
+            self._running.sort(key=self._order.__getitem__)
+            request.state = State.RUNNING
         return computed
 
     def refill(self, request: Request, left: int) -> None:
