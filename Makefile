@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: serve test lint bench load chaos overhead soak clean
+.PHONY: serve test verify lint bench load chaos overhead soak clean
 
 # The environment is rebuilt when a requirements file is newer than the last install.
 $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
@@ -19,6 +19,10 @@ serve: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+# The claims about training and evaluation, the long ones included (about 20 minutes), and a table of their figures.
+verify: $(VENV)/.installed
+	$(BIN)/python -m pytest -m verify $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

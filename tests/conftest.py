@@ -20,6 +20,27 @@ def pytest_addoption(parser):
     parser.addoption("--reference", help="checkout of the public implementation to compare with")
 
 
+FIGURES = pytest.StashKey[list[tuple[str, str, str]]]()
+
+
+def pytest_configure(config):
+    config.stash[FIGURES] = []
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.stash[FIGURES]:
+        terminalreporter.section("figures of the verified claims")
+        for claim, figure, bound in sorted(config.stash[FIGURES]):
+            terminalreporter.write_line(f"{claim:<5} {figure}" + (f"   [{bound}]" if bound else ""))
+
+
+@pytest.fixture
+def figure(request):
+    """figure("largest weight difference 0.0", "must be 0"): a line of the table that `make verify` ends with."""
+    claim = request.node.get_closest_marker("verify").args[0]
+    return lambda text, bound="": request.config.stash[FIGURES].append((claim, text, bound))
+
+
 @pytest.fixture(scope="session")
 def reference(request):
     path = request.config.getoption("--reference")
