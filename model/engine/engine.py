@@ -49,6 +49,10 @@ class Engine:
 
         Raises QueueFullError or RequestTooLargeError, and then none of the requests has been taken.
         """
+        companions = object()
+        for request in requests:
+            # Who reads bars as they come wants the first ones early.
+            request.companions = None if request.on_bars else companions
         self.submit(requests)
         try:
             self.wait(requests)

@@ -1,7 +1,8 @@
 """Policy: who is admitted, who is prefilled, who steps. Knows requests and sizes, no tensors.
 
 One plan a step: at most one chunk of one prefill, and one step for every running request. Running requests therefore
-never wait for more than a chunk, whatever else arrives, and whosever window slides and is computed again.
+never wait for more than a chunk, whatever else arrives, and whosever window slides and is computed again. Only companions
+wait for each other: their caller gains nothing from the first one's bars, and steps of all their rows cost less.
 """
 
 from __future__ import annotations
@@ -106,14 +107,15 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """The next step. The shortest remaining prefill goes first: a long history then delays nobody but itself."""
+        awaited = {id(group) for request in self._prefilling for group in _groups(request)}
+        decode = [request for request in self._running if not any(id(group) in awaited for group in _groups(request))]
         prefill = None
         if self._prefilling:
             self._plans += 1
             key = self._order if self._plans % OLDEST_EVERY == 0 else self._prefilling
             request = min(self._prefilling, key=key.__getitem__)
-            prefill = (request, self._prefill_chunk if self._running else max(self._prefill_chunk, IDLE_CHUNK))
-        waiting = {id(request.noise_group) for request in self._prefilling if request.noise_group is not None}
-        return Plan(prefill, [request for request in self._running if id(request.noise_group) not in waiting])
+            prefill = (request, self._prefill_chunk if decode else max(self._prefill_chunk, IDLE_CHUNK))
+        return Plan(prefill, decode)
 
     def prefilled(self, request: Request, left: int) -> int:
         """Books a chunk after which rows × bars are left; with none left the request is ready to step.
@@ -151,3 +153,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises CacheIntegrityError unless the arena holds exactly the admitted requests' blocks."""
         self._arena.check_integrity(list(self._blocks.values()))
+
+
+def _groups(request: Request) -> list[object]:
+    """What a request steps together with, or not at all."""
+    return [group for group in (request.noise_group, request.companions) if group is not None]

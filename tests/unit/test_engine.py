@@ -336,6 +336,23 @@ def test_short_requests_are_not_held_up_by_a_long_one(tiny, series_of):
     assert not long.state.ended
 
 
+def test_companions_step_together_and_hold_up_nobody_else(tiny, series_of):
+    """Six histories of a call: as many steps as bars. A stranger, and who reads bars as they come, wait for none."""
+    running = engine(tiny)
+    running.run([Request(series_of(i, 40 * i + 20, 6), Sampling(seed=i)) for i in range(6)])
+    assert running.stats().steps == 6
+    seen: list[str] = []
+    long = [Request(series_of(i, 400, 2), Sampling(seed=i), on_step=lambda step: seen.append("long")) for i in (1, 2)]
+    reader = Request(series_of(0, 20, 6), Sampling(seed=0), on_bars=lambda first, bars: seen.append("reader"))
+    stranger = Request(series_of(0, 20, 6), Sampling(seed=0), on_step=lambda step: seen.append("stranger"))
+    running.submit([stranger])
+    running.run([*long, reader])
+    running.wait([stranger])
+    assert set(seen[:12]) == {"stranger", "reader"}
+    assert seen[12:] == ["long"] * 4
+    running.check_integrity()
+
+
 def test_threads_share_one_engine(tiny, series_of):
     running = engine(tiny)
     jobs = [Request(series_of(30 * i, 20 + i, 5 + i % 7), Sampling(samples=1 + i % 3, seed=i)) for i in range(24)]
