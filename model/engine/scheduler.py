@@ -1,8 +1,9 @@
 """Policy: who is admitted, who is prefilled, who steps. Knows requests and sizes, no tensors.
 
 One plan a step: at most one chunk of one prefill, and one step for every running request. Running requests therefore
-never wait for more than a chunk, whatever else arrives, and whosever window slides and is computed again. Only companions
-wait for each other: their caller gains nothing from the first one's bars, and steps of all their rows cost less.
+never wait for more than a chunk, whatever else arrives, and whosever window slides and is computed again. Only
+companions wait for each other: their caller gains nothing from the first one's bars, and steps of all their rows cost
+less.
 """
 
 from __future__ import annotations
