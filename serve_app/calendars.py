@@ -91,6 +91,18 @@ def _infer_step(local: np.ndarray, *, gaps_allowed: bool) -> np.timedelta64:
     return step
 
 
+def require_known(name: str) -> None:
+    """Raises CalendarError unless there is a calendar of that name."""
+    # Imported on first use: it costs 0.7 s, and most requests name no calendar.
+    import exchange_calendars
+
+    names = exchange_calendars.get_calendar_names(include_aliases=True)
+    if name not in names:
+        close = difflib.get_close_matches(name.upper(), names, n=3, cutoff=0.5) or ["XNYS", "XSHG", ALWAYS_OPEN]
+        text = f"unknown calendar {clip_text(name, 16)!r}: an exchange_calendars name such as {', '.join(close)}"
+        raise CalendarError("calendar", "unknown_calendar", text)
+
+
 @lru_cache(maxsize=64)
 def _sessions(name: str, first_year: int, last_year: int) -> tuple[np.ndarray, np.ndarray, str, bool]:
     """(dates datetime64[D] [N], opens and closes datetime64[us] UTC [N, parts, 2], time zone, complete).
@@ -98,17 +110,10 @@ def _sessions(name: str, first_year: int, last_year: int) -> tuple[np.ndarray, n
     parts is 2 with a lunch break (a session without one has NaT in the second), else 1. complete is False if the
     calendar ends before last_year does.
     """
-    # Imported on first use: it costs 0.7 s, and most requests name no calendar.
     import exchange_calendars
-    from exchange_calendars.errors import InvalidCalendarName
 
-    try:
-        probe = exchange_calendars.get_calendar(name)
-    except InvalidCalendarName:
-        names = exchange_calendars.get_calendar_names(include_aliases=True)
-        close = difflib.get_close_matches(name.upper(), names, n=3, cutoff=0.5) or ["XNYS", "XSHG", ALWAYS_OPEN]
-        text = f"unknown calendar {clip_text(name, 16)!r}: an exchange_calendars name such as {', '.join(close)}"
-        raise CalendarError("calendar", "unknown_calendar", text) from None
+    require_known(name)
+    probe = exchange_calendars.get_calendar(name)
     first, last = pd.Timestamp(first_year, 1, 1), pd.Timestamp(last_year, 12, 31)
     lower, upper = probe.bound_min(), probe.bound_max()
     start, end = max(first, lower) if lower is not None else first, min(last, upper) if upper is not None else last

@@ -5,7 +5,8 @@ with KronosClient("http://127.0.0.1:8000") as client:
     print(answer["series"][0]["summary"])
 
 A request is sent again when the service is full, not ready, or its connection breaks, as long as the time limit allows:
-forecasts change nothing, and the seed is fixed before the first try, so that every try has the same answer.
+forecasts change nothing, and the seed is fixed before the first try, so that every try has the same answer. A stream
+that has begun is not sent again.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ _AGAIN = (429, 503)
 """Statuses that mean: not now."""
 _PAUSE_S = 0.5
 """Before the second try, where the service names no time; doubled for each one after."""
+_RESTART_S = 6.0
+"""So long a refused connection counts as a proxy that is being restarted, and not as a try."""
 
 
 class KronosError(Exception):
@@ -41,11 +44,14 @@ class KronosResponseError(KronosError):
     """An answer other than 2xx, or a stream that ended with an error (its status is 200).
 
     status, code, request_id: as in the error body. fields: [{"loc": […], "code": …, "message": …}].
-    retry_after_s: how long the service asks to wait, if it does.
+    retry_after_s: how long the service asks to wait, if it does. foreign: the words are not the service's own.
     """
 
-    def __init__(self, status: int, error: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, status: int, error: Mapping[str, Any], headers: Mapping[str, str], *, foreign: bool = False
+    ) -> None:
         self.status = status
+        self.foreign = foreign
         self.code: str = error["code"]
         self.request_id: str = error.get("request_id") or headers.get("x-request-id", "")
         self.fields: list[dict[str, Any]] = error.get("fields", [])
@@ -57,12 +63,11 @@ class KronosResponseError(KronosError):
     def of(cls, response: httpx.Response) -> Self:
         """The error that a response, already read, tells."""
         try:
-            error = response.json()["error"]
-            return cls(response.status_code, error, response.headers)
+            return cls(response.status_code, response.json()["error"], response.headers)
         except (ValueError, KeyError, TypeError):
             # A proxy in between, or Ray's own while the application starts, answers in its own words.
             error = {"code": f"http_{response.status_code}", "message": response.text[:200]}
-            return cls(response.status_code, error, response.headers)
+            return cls(response.status_code, error, response.headers, foreign=True)
 
 
 class KronosClient:
@@ -123,7 +128,7 @@ class KronosClient:
         """
         body = {**_forecast_body(series, settings), "stream": True}
         headers = _headers(device, request_id)
-        with _Response(self, "POST", "/v1/forecast", json=body, headers=headers) as response:
+        with _Response(self, "POST", "/v1/forecast", whole=False, json=body, headers=headers) as response:
             for name, data in _events(response):
                 if name == "error":
                     raise KronosResponseError(response.status_code, data["error"], response.headers)
@@ -151,7 +156,7 @@ class KronosClient:
         headers = {**_headers(device, request_id), "Content-Type": ARROW, "Accept": ARROW}
         content = sink.getvalue().to_pybytes()
         with _Response(self, "POST", "/v1/forecast", content=content, headers=headers) as response:
-            return pa.ipc.open_stream(_read(response)).read_all()
+            return pa.ipc.open_stream(response.content).read_all()
 
     def forecast_frame(
         self, frame: Any, *, device: str | None = None, request_id: str | None = None, **settings: Any
@@ -215,62 +220,64 @@ class KronosClient:
 
     def _post(self, path: str, body: Any, device: str | None, request_id: str | None) -> Any:
         with _Response(self, "POST", path, json=body, headers=_headers(device, request_id)) as response:
-            return json.loads(_read(response))
+            return response.json()
 
     def _get(self, path: str) -> Any:
         with _Response(self, "GET", path) as response:
-            return json.loads(_read(response))
+            return response.json()
 
 
 class _Response:
     """One call: tries until an answer begins, or it makes no sense any more. The answer is closed at the end."""
 
-    def __init__(self, client: KronosClient, method: str, path: str, **request: Any) -> None:
+    def __init__(self, client: KronosClient, method: str, path: str, *, whole: bool = True, **request: Any) -> None:
+        """whole: an answer counts only once all of it is here."""
         self._client = client
         self._what = f"{method} {path}"
+        self._whole = whole
         self._request = {"method": method, "url": path, **request}
-        self._ends = time.monotonic() + client._timeout_s
+        self._began = time.monotonic()
+        self._ends = self._began + client._timeout_s
 
     def __enter__(self) -> httpx.Response:
-        for left in range(self._client._retries, -1, -1):
-            pause = _PAUSE_S * 2 ** (self._client._retries - left)
+        tries = 0
+        while True:
+            pause = _PAUSE_S * 2**tries
             try:
-                self._response = self._send()
-                if self._response.is_success:
-                    return self._response
-                error: KronosError = self._refusal()
-                wait = getattr(error, "retry_after_s", None) or pause
-                final = self._response.status_code not in _AGAIN
+                return self._try()
+            except KronosResponseError as refusal:
+                error: KronosError = refusal
+                pause = refusal.retry_after_s or pause
+                # A 5xx in other words than the service's own is of a proxy that lost it.
+                final = refusal.status not in _AGAIN and not (refusal.status >= 500 and refusal.foreign)
             except httpx.TransportError as broken:
                 error = KronosConnectionError(f"{self._what}: {type(broken).__name__}: {broken}")
                 # Out of time: another try would be, too.
-                wait, final = pause, isinstance(broken, httpx.TimeoutException)
-            if final or not left or time.monotonic() + wait >= self._ends:
+                final = isinstance(broken, httpx.TimeoutException)
+                refused = isinstance(broken, httpx.ConnectError) and self._client._retries > 0
+                if refused and time.monotonic() < self._began + _RESTART_S:
+                    tries, pause = tries - 1, _PAUSE_S
+            if final or tries >= self._client._retries or time.monotonic() + pause >= self._ends:
                 raise error
-            time.sleep(wait)
-        raise AssertionError("unreachable: the last try returns or raises")
+            tries += 1
+            time.sleep(pause)
+
+    def _try(self) -> httpx.Response:
+        http = self._client._http
+        timeout = max(0.001, self._ends - time.monotonic())
+        self._response = http.send(http.build_request(**self._request, timeout=timeout), stream=True)
+        try:
+            if self._whole or not self._response.is_success:
+                self._response.read()
+            if not self._response.is_success:
+                raise KronosResponseError.of(self._response)
+        except BaseException:
+            self._response.close()
+            raise
+        return self._response
 
     def __exit__(self, *exc_info: object) -> None:
         self._response.close()
-
-    def _send(self) -> httpx.Response:
-        http = self._client._http
-        timeout = max(0.001, self._ends - time.monotonic())
-        return http.send(http.build_request(**self._request, timeout=timeout), stream=True)
-
-    def _refusal(self) -> KronosResponseError:
-        try:
-            self._response.read()
-            return KronosResponseError.of(self._response)
-        finally:
-            self._response.close()
-
-
-def _read(response: httpx.Response) -> bytes:
-    try:
-        return response.read()
-    except httpx.TransportError as error:
-        raise KronosConnectionError(f"the answer broke off: {type(error).__name__}: {error}") from error
 
 
 def _events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:

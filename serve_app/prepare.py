@@ -12,7 +12,7 @@ import numpy as np
 
 from model.frames import time_marks
 from model.types import Sampling, Series
-from serve_app.calendars import CalendarError, future_times
+from serve_app.calendars import CalendarError, future_times, parse_freq, require_known
 from serve_app.candles import candle_matrix, range_faults
 from serve_app.config import Defaults, Limits
 from serve_app.errors import MAX_FIELD_ERRORS, FieldError, Loc, invalid_fields
@@ -145,16 +145,21 @@ def _future(
         faults.append(FieldError(future_loc, "length_mismatch", text))
     if faults:
         return None, (), faults
-    if future is not None:
-        faults = [_under(future_loc, fault) for fault in follow_faults(series.timestamps, future)]
-        return future.local, future.texts, faults
     freq = series.freq if series.freq is not None else request.freq
     calendar = series.calendar if series.calendar is not None else request.calendar
     try:
-        local = future_times(series.timestamps, horizon, freq, calendar)
+        if future is None:
+            local = future_times(series.timestamps, horizon, freq, calendar)
+            return local, series.timestamps.write(local), []
+        # Not needed beside the times themselves, but a misspelt one is a mistake all the same.
+        if freq is not None:
+            parse_freq(freq)
+        if calendar is not None:
+            require_known(calendar)
     except CalendarError as error:
         return None, (), [FieldError(_place(loc, series, error.field), error.code, str(error))]
-    return local, series.timestamps.write(local), []
+    faults = [_under(future_loc, fault) for fault in follow_faults(series.timestamps, future)]
+    return future.local, future.texts, faults
 
 
 def _sampling(layers: Sequence[Any], defaults: Defaults, seed: int) -> Sampling:

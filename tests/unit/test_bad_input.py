@@ -216,6 +216,13 @@ def test_bad_settings_by_request_and_by_series(http, columns, field, value, code
     assert_field(response, ("series", 1, field), code)
 
 
+def test_a_misspelt_calendar_is_refused_beside_explicit_times_too(http, columns):
+    good = {**columns(), "future_timestamps": ["2030-01-01T00:00:00+00:00"]}
+    assert http.post("/v1/forecast", {"series": [good], "calendar": "XNYS", "freq": "1h"}).status_code == 200
+    assert_field(http.post("/v1/forecast", {"series": [good], "calendar": "NOPE"}), ("calendar",), "unknown_calendar")
+    assert_field(http.post("/v1/forecast", {"series": [good], "freq": "month"}), ("freq",), "unknown_freq")
+
+
 @pytest.mark.parametrize(
     ("body", "loc", "code"),
     [

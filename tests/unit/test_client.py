@@ -170,3 +170,35 @@ def test_when_there_is_no_other_try(waits, answers, options, columns):
     with KronosClient("http://test", transport=transport, **options) as client, pytest.raises(KronosError):
         client.forecast(**columns())
     assert len(bodies) == len(answers)
+
+
+def test_what_a_lost_proxy_answers_is_asked_again(waits, columns):
+    """A 5xx in the words of a proxy, an answer that breaks off, and a connection that is refused for some seconds."""
+    answers = [httpx.ConnectError("refused")] * 4 + [
+        httpx.Response(500, text="Internal Server Error"),
+        httpx.Response(200, content=broken_off()),
+        httpx.Response(200, json={"series": []}),
+    ]
+
+    def handle(request):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with KronosClient("http://test", transport=httpx.MockTransport(handle)) as client:
+        assert client.forecast(**columns()) == {"series": []}
+    assert not answers
+    assert waits == [0.5, 0.5, 0.5, 0.5, 0.5, 1.0]
+
+
+def broken_off():
+    yield b'{"series'
+    raise httpx.RemoteProtocolError("peer closed connection")
+
+
+def test_an_error_of_the_service_itself_is_final(waits, columns):
+    transport, bodies = flaky((500, {}))
+    with KronosClient("http://test", transport=transport) as client, pytest.raises(KronosResponseError):
+        client.forecast(**columns())
+    assert len(bodies) == 1
