@@ -4,7 +4,7 @@
     python benchmarks/overhead.py [--quick] [--reference PATH_OF_A_PUBLIC_CHECKOUT] [--shape small]
 
 1. An engine that answers at once, through proxy, ingress and replica: requests/s and latency, in Ray's default mode and
-   with HAProxy and gRPC.
+   with HAProxy and gRPC; and beside it bare.py, the same path with nothing on it, in the same run.
 2. Of it, reading and writing JSON: 400 bars in, 120 bars out, in this process.
 3. With --reference: forecasts/s and p99 of the same forecasts from this service and from baseline_service.py, one
    process that calls the public predict in a thread, at 1, 8 and 32 clients, random weights in the published shape, one
@@ -40,31 +40,48 @@ from benchmarks.shapes import CONTEXT, save_pair
 
 HISTORY, HORIZON = 400, 120
 REACHED = {"default": 167, "HAProxy + gRPC": 861}
-"""Requests/s of an echo of JSON on the same path on 2 cores, measured before anything was built."""
+"""Requests/s of an echo of JSON on such a path on another machine with 2 cores, before anything was built."""
 CLIENTS = (1, 8, 32)
 GAIN_AT_8 = 20.0
 
 
 def through_the_whole_path(quick: bool) -> list[dict[str, Any]]:
-    """Small requests (64 bars in, 8 out) to the engine that answers at once."""
+    """Small (64 bars in, 8 out) and large requests to the bare path and to the service, in both modes of Ray."""
+    bodies = {
+        f"{history} → {horizon}": [json.dumps(forecast_body(i, history, horizon)).encode() for i in range(50)]
+        for history, horizon in ((64, 8), (HISTORY, HORIZON))
+    }
     rows = []
-    small = [json.dumps(forecast_body(i)).encode() for i in range(50)]
-    large = [json.dumps(forecast_body(i, HISTORY, HORIZON)).encode() for i in range(50)]
     for mode, options in (("default", []), ("HAProxy + gRPC", ["--fast"])):
-        config = shipped_config(
-            models={"kronos-bundled": {"source": "bundled"}}, groups={"cpu": {"num_cpus": 0.5}}, log_level="WARNING"
-        )
-        config["applications"][0]["import_path"] = "benchmarks.instant:build_app"
-        with Service(config, options=options) as service:
-            url = f"{service.url}/v1/forecast"
-            asyncio.run(drive(url, small, 4, 2))
-            for size, bodies in (("64 → 8", small), ("400 → 120", large)):
-                for clients in (1, 16):
-                    measured = asyncio.run(drive(url, bodies, clients, 3 if quick else 15))
-                    case = f"instant engine, {mode}, {size} bars"
-                    rows.append({"case": case, **measured, "shown": _all_200(measured)})
-                    print(f"# {rows[-1]}", file=sys.stderr, flush=True)
+        rates: dict[tuple[str, int], list[float]] = {}
+        for name in ("bare", "instant"):
+            with Service(_instant_config(name), options=options) as service:
+                url = f"{service.url}/v1/forecast"
+                asyncio.run(drive(url, bodies["64 → 8"], 4, 2))
+                for size, sent in bodies.items():
+                    for clients in (1, 16):
+                        measured = asyncio.run(drive(url, sent, clients, 3 if quick else 15))
+                        case = f"{name}, {mode}, {size} bars"
+                        rows.append({"case": case, **measured, "shown": _all_200(measured)})
+                        rates.setdefault((size, clients), []).append(float(measured["per s"]))
+                        print(f"# {rows[-1]}", file=sys.stderr, flush=True)
+        for (size, clients), (bare, ours) in rates.items():
+            case = f"service / bare path, {mode}, {size} bars"
+            rows.append({"case": case, "clients": clients, "per s": f"{ours / bare:.2f}×"})
     return rows
+
+
+def _instant_config(name: str) -> dict[str, Any]:
+    """A configuration of benchmarks/bare.py, or of the service over benchmarks/instant.py."""
+    config = shipped_config(
+        models={"kronos-bundled": {"source": "bundled"}}, groups={"cpu": {"num_cpus": 0.5}}, log_level="WARNING"
+    )
+    application = config["applications"][0]
+    if name == "bare":
+        application.update(import_path="benchmarks.bare:app", args={})
+    else:
+        application["import_path"] = "benchmarks.instant:build_app"
+    return config
 
 
 def _all_200(measured: dict[str, Any]) -> str:
@@ -82,30 +99,29 @@ def reading_and_writing(quick: bool) -> list[dict[str, Any]]:
     from benchmarks.instant import InstantEngine
     from serve_app.answers import forecast_json
     from serve_app.config import AppConfig
-    from serve_app.ingress import Forecasting
+    from serve_app.forecasting import encode
     from serve_app.jobs import Answered, Done
-    from serve_app.metrics import Metrics
+    from serve_app.reading import Reading
 
-    config = AppConfig()
-    forecasting = Forecasting(_NoBackend(), config, Metrics())  # type: ignore[arg-type]
+    reading = Reading(AppConfig())
     rows = []
     for samples in (1, 30):
         raw = json.dumps(forecast_body(0, HISTORY, HORIZON, samples=samples)).encode()
-        body, prepared, seed = forecasting.read_forecast(raw)
+        asked = reading.forecast(raw)
         engine = InstantEngine("kronos-bundled")
-        paths = engine.forecast(prepared[0].task.series, prepared[0].task.sampling)
+        paths = engine.forecast(asked.items[0].task.series, asked.items[0].task.sampling)
         paths.values[:] *= np.random.default_rng(0).normal(1, 0.01, paths.values.shape)
         done = Done((paths,), engine.identity, engine.device, "replica")
         answered = Answered(done, "cpu")
 
-        def write(body: Any = body, prepared: Any = prepared, seed: int = seed, answered: Any = answered) -> bytes:
-            return json.dumps(forecast_json(body, prepared, seed, answered, None), separators=(",", ":")).encode()
+        def write(asked: Any = asked, answered: Any = answered) -> bytes:
+            return encode(forecast_json(asked.body, asked.items, asked.seed, answered, None))
 
         count = 20 if quick else 200
         rows.append(
             {
                 "case": f"reading and checking {HISTORY} bars ({len(raw) // 1024} KiB), {samples} path(s)",
-                "p50 ms": _median_ms(lambda raw=raw: forecasting.read_forecast(raw), count),  # type: ignore[misc]
+                "p50 ms": _median_ms(lambda raw=raw: reading.forecast(raw), count),  # type: ignore[misc]
             }
         )
         size = len(write()) // 1024
@@ -116,10 +132,6 @@ def reading_and_writing(quick: bool) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-class _NoBackend:
-    device_warning = None
 
 
 def _median_ms(run: Callable[[], object], count: int) -> float:

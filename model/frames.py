@@ -81,8 +81,16 @@ def time_marks(times: Times, name: str = "timestamps") -> np.ndarray:
 
     Raises InputError as time_index does.
     """
-    index = time_index(times, name)
-    return np.stack([index.minute, index.hour, index.day_of_week, index.day, index.month], axis=1).astype(np.int64)
+    return clock_marks(time_index(times, name).tz_localize(None).to_numpy())
+
+
+def clock_marks(local: np.ndarray) -> np.ndarray:
+    """time_marks of datetime64 [T] without NaT on their own wall clock; numpy only, because a service asks often."""
+    days, months = local.astype("datetime64[D]"), local.astype("datetime64[M]")
+    minutes = (local.astype("datetime64[m]") - days).astype(np.int64)
+    weekday = (days.astype(np.int64) + 3) % 7  # 1970-01-01 was a Thursday
+    day = (days - months).astype(np.int64) + 1
+    return np.stack([minutes % 60, minutes // 60, weekday, day, months.astype(np.int64) % 12 + 1], axis=1)
 
 
 def candle_array(df: pd.DataFrame) -> np.ndarray:

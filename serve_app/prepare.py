@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from model.frames import time_marks
+from model.frames import clock_marks
 from model.types import Sampling, Series
 from serve_app.calendars import CalendarError, future_times, parse_freq, require_known
 from serve_app.candles import candle_matrix, range_faults
@@ -179,7 +179,7 @@ def _sampling(layers: Sequence[Any], defaults: Defaults, seed: int) -> Sampling:
 
 
 def _task(candles: np.ndarray, times: Times, future: np.ndarray, sampling: Sampling, window: str) -> Task:
-    series = Series(candles.astype(np.float32), time_marks(times.local), time_marks(future))
+    series = Series(candles.astype(np.float32), clock_marks(times.local), clock_marks(future))
     return Task(series, sampling, window)
 
 

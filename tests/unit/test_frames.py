@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from model.errors import InputError
-from model.frames import candle_array, normalise, series_from_frame, time_index, time_marks
+from model.frames import candle_array, clock_marks, normalise, series_from_frame, time_index, time_marks
 
 N = 6
 X = pd.Series(pd.date_range("2024-03-01 09:30", periods=N, freq="5min"))
@@ -100,6 +100,12 @@ def test_marks_are_read_off_the_local_wall_clock():
         assert time_marks(form).tolist() == expected
     assert time_marks(times.tz_convert("UTC"))[0].tolist() == [55, 15, 6, 30, 6]
     assert time_marks(times.tz_localize(None)).tolist() == expected
+
+
+@given(st.lists(st.datetimes(pd.Timestamp("1700-01-01"), pd.Timestamp("2250-01-01")), min_size=1, max_size=20))
+def test_marks_are_those_of_the_calendar(moments):
+    expected = [[m.minute, m.hour, m.weekday(), m.day, m.month] for m in moments]
+    assert clock_marks(np.array(moments, dtype="datetime64[us]")).tolist() == expected
 
 
 def test_repeated_wall_clock_at_the_end_of_summer_time_is_not_a_duplicate():
