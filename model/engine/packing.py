@@ -7,6 +7,7 @@ oneDNN keeps a weight in its own blocked layout, up to three times as fast as a 
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -19,6 +20,10 @@ from model.device import PRECISIONS, precision_obstacle
 from model.layers import Attention, FeedForward, TransformerBlock
 
 Pack = Callable[[nn.Linear], nn.Module]
+
+# torch keeps oneDNN's products in a cache of 1,024 shapes for every thread that ever drove the engine, half a megabyte
+# each: 600 ragged requests from 8 threads held 3 GB. A step needs about ten shapes. Read at the first product.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
 
 
 class PackedLinear(nn.Module):

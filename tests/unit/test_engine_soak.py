@@ -2,6 +2,9 @@
 
 import gc
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -13,6 +16,7 @@ from model.engine.types import EngineConfig, Request, State
 from model.frames import series_from_frame
 from model.types import Sampling
 
+ROOT = Path(__file__).parents[2]
 GROWTH_LIMIT = 16 * 2**20
 BATCH = 40
 
@@ -61,6 +65,42 @@ def test_memory_stays_flat(tiny, bars, count):
     growth = soak(engine, bars, count)
     print(f"{count} requests: {growth / 2**20:.1f} MiB of growth")
     assert growth <= GROWTH_LIMIT
+
+
+RAGGED_WAVES = """
+import ctypes, sys
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np, psutil, torch
+sys.path.insert(0, "benchmarks")
+from shapes import random_series
+from model.predictor import KronosPredictor
+from model.registry import CheckpointSource, load_checkpoint
+from model.types import Sampling
+torch.set_num_threads(1)
+checkpoint = load_checkpoint(CheckpointSource(id="bundled", model="bundled"))
+predictor = KronosPredictor(checkpoint.model, checkpoint.tokenizer, device="cpu", cache_bytes=2**27)
+rng = np.random.default_rng(0)
+
+def ask(i):
+    history, horizon, samples = int(rng.integers(16, 400)), int(rng.integers(1, 20)), int(rng.integers(1, 9))
+    predictor.forecast_series(random_series(history, horizon, i), Sampling(samples=samples, seed=i))
+
+pool = ThreadPoolExecutor(8)
+for wave in range(3):
+    list(pool.map(ask, range(40)))
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    print(psutil.Process().memory_info().rss >> 20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim is glibc's")
+def test_requests_of_all_shapes_from_many_threads_leave_little_behind():
+    """torch caches a product's form per shape and thread; unbounded, each wave added 200 MiB here."""
+    run = subprocess.run([sys.executable, "-c", RAGGED_WAVES], cwd=ROOT, capture_output=True, text=True, check=True)
+    first, *_, last = (int(line) for line in run.stdout.split())
+    print(f"{first} MiB after 40 requests, {last} MiB after 120")
+    assert last - first < 100
 
 
 def test_the_same_check_catches_a_leak(tiny, bars):
