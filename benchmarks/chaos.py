@@ -168,7 +168,7 @@ def cancel(context: Context) -> list[dict[str, Any]]:
                 await asyncio.gather(*(one(session, dice.uniform(0.005, 0.4)) for _ in range(10)))
 
     idle(context.service.url)
-    time.sleep(1.5)  # news of replicas are up to a second old
+    time.sleep(1.5)  # news of replicas are up to a second old on a busy machine
     before = context.service.metric("kronos_engine_rows_total")
     asyncio.run(all_of_them())
     time.sleep(2)

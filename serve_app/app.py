@@ -40,7 +40,7 @@ METRICS_INTERVAL_S = 0.5
 LOOK_BACK_S = 2.0
 SWITCH_POLL_S = 0.2
 _LISTING = RequestRouterConfig.model_validate(
-    {"request_router_class": "serve_app.listing_router.ListingRouter", "request_routing_stats_period_s": 1}
+    {"request_router_class": "serve_app.listing_router.ListingRouter", "request_routing_stats_period_s": 0.5}
 )
 
 

@@ -162,7 +162,7 @@ class KronosReplica:
         return {"group": self.group, "pid": os.getpid(), "device": asdict(self._device), **self._news()}
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """Every second, to every ingress. Also the moment to look whether a model has changed."""
+        """Twice a second, to every ingress. Also the moment to look whether a model has changed."""
         self._store.refresh()
         return self._news()
 

@@ -303,7 +303,7 @@ def _done(result: Done | Failed) -> Done:
 
 def _view(replica_id: str, entry: Mapping[str, Any]) -> ReplicaView:
     metadata = entry["metadata"]
-    # Statistics come every second; until the first ones, what the replica said when it became ready.
+    # Statistics come twice a second; until the first ones, what the replica said when it became ready.
     news = entry["stats"] or metadata
     return ReplicaView(
         replica_id=replica_id,
