@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from model.calendars import CalendarError, future_times
 from model.frames import time_marks
 from model.types import Sampling, Series
-from serve_app.calendars import CalendarError, future_times
 from serve_app.candles import candle_matrix, range_faults
 from serve_app.config import Defaults, Limits
 from serve_app.errors import MAX_FIELD_ERRORS, FieldError, Loc, invalid_fields
@@ -151,9 +151,10 @@ def _future(
     freq = series.freq if series.freq is not None else request.freq
     calendar = series.calendar if series.calendar is not None else request.calendar
     try:
-        local = future_times(series.timestamps, horizon, freq, calendar)
+        local = future_times(series.timestamps.local, series.timestamps.offset, horizon, freq, calendar)
     except CalendarError as error:
-        return None, (), [FieldError(_place(loc, series, error.field), error.code, str(error))]
+        text = f"{error}; or give future_timestamps"
+        return None, (), [FieldError(_place(loc, series, error.field), error.code, text)]
     return local, series.timestamps.write(local), []
 
 

@@ -50,6 +50,10 @@ class Engine:
         Raises QueueFullError or RequestTooLargeError, and then none of the requests has been taken.
         """
         self.submit(requests)
+        self.finish(requests)
+
+    def finish(self, requests: Sequence[Request]) -> None:
+        """wait() for the only one who waits: if it is interrupted, the requests are dropped."""
         try:
             self.wait(requests)
         except BaseException:
