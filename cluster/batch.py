@@ -68,18 +68,22 @@ class BatchConfig:
 
 @dataclass
 class Summary:
-    """symbols, errors: of the whole output. computed: symbols of this run. seconds: of this run."""
+    """symbols, errors: of the whole output. computed: symbols of this run.
+
+    seconds: of this run. forecast_s: of them, from the first actor's first bar to the end: without starting anything.
+    """
 
     symbols: int = 0
     errors: int = 0
     computed: int = 0
     seconds: float = 0.0
+    forecast_s: float = 0.0
     devices: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def text(self, output: Path) -> str:
         how = f" on {', '.join(self.devices)}" if self.devices else ""
-        rate = f", {self.computed / self.seconds:.2f} symbols/s" if self.computed and self.seconds else ""
+        rate = f", {self.computed / self.forecast_s:.2f} symbols/s once started" if self.computed else ""
         return (
             f"{self.symbols} symbols in {output}: {self.symbols - self.errors} forecast, {self.errors} with an error; "
             f"{self.computed} of them computed now in {self.seconds:.1f} s{how}{rate}"
@@ -261,7 +265,7 @@ def _forecast(
         num_cpus=place.num_cpus,
         num_gpus=place.num_gpus or None,
     )
-    began = shown = time.monotonic()
+    began, shown = time.time(), time.monotonic()
     for row in data.iter_rows():
         summary.computed += int(row["symbols"])
         summary.symbols += int(row["symbols"])
@@ -271,10 +275,12 @@ def _forecast(
         if row["warning"] and row["warning"] not in summary.warnings:
             summary.warnings.append(str(row["warning"]))
             _say(show, f"warning: {row['warning']}")
-        now = time.monotonic()
-        if now - shown >= PROGRESS_EVERY_S or summary.computed == total:
-            shown = now
-            rate = summary.computed / (now - began)
+        # Clocks of two hosts may differ by a little.
+        began = float(row["began"]) if not summary.forecast_s else min(began, float(row["began"]))
+        summary.forecast_s = max(1e-3, time.time() - began)
+        if time.monotonic() - shown >= PROGRESS_EVERY_S or summary.computed == total:
+            shown = time.monotonic()
+            rate = summary.computed / summary.forecast_s
             left = (total - summary.computed) / rate
             _say(
                 show,

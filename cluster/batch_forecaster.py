@@ -105,6 +105,7 @@ class Forecaster:
         """batch["unit"]: units as text. Yields one row a unit: what the driver shows."""
         # OpenMP's number of threads is each thread's own, and Ray chooses the thread that calls.
         torch.set_num_threads(self._work.threads)
+        began = time.time()
         units = [Unit.parse(text) for text in batch["unit"].tolist()]
         with ThreadPoolExecutor(2) as pool:
             reading = pool.submit(self._read, units[0])
@@ -114,18 +115,16 @@ class Forecaster:
                 if number + 1 < len(units):
                     reading = pool.submit(self._read, units[number + 1])
                 if finished is not None:  # by this actor's predecessor, before it was lost
-                    yield self._told(finished, 0.0)
+                    yield self._told(finished, began)
                     continue
-                started = time.perf_counter()
                 outcomes = self.forecast(histories)
-                seconds = time.perf_counter() - started
                 if writing is not None:
                     writing.result()
                 part = Part(unit.symbols, _error_codes(outcomes))
                 writing = pool.submit(self._write, histories, outcomes, part)
                 if number + 1 == len(units):
                     writing.result()
-                yield self._told(part, seconds)
+                yield self._told(part, began)
 
     def _read(self, unit: Unit) -> tuple[dict[str, SymbolHistory | InputError], Part | None]:
         finished = self._store.read(unit.symbols)
@@ -190,12 +189,13 @@ class Forecaster:
             columns |= {f"{name}_paths": list(steps[place]) for place, name in enumerate(COLUMNS)}
         return columns
 
-    def _told(self, part: Part, seconds: float) -> dict[str, Any]:
+    def _told(self, part: Part, began: float) -> dict[str, Any]:
+        """A row for the driver. began: when the call did, in seconds since 1970."""
         warnings = [*self._warnings, *self._predictor.engine.warnings]
         return {
             "symbols": np.array([len(part.symbols)]),
             "errors": np.array([len(part.errors)]),
-            "seconds": np.array([seconds]),
+            "began": np.array([began]),
             "device": np.array([f"{self._provenance['device']}, {self._provenance['precision']}"]),
             "warning": np.array(["; ".join(dict.fromkeys(warnings))]),
         }
