@@ -151,7 +151,8 @@ def test_bad_symbols_cost_their_own_row(undisturbed, cluster, model, tmp_path, c
     }
     assert failed["error"].str.startswith("not_finite: column 'close', row 5 is NaN").any()
     assert failed["close_mean"].isna().all()
-    same(found[found["error"].isna()].reset_index(drop=True), undisturbed)
+    # Beside rows without a step, pandas reads the steps as floats.
+    same(found[found["error"].isna()].reset_index(drop=True).astype(undisturbed.dtypes), undisturbed)
     assert "8 forecast, 7 with an error" in capsys.readouterr().out
 
 
