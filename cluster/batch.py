@@ -3,7 +3,8 @@
     python -m cluster.batch --input bars/*.parquet --output out --model kronos-small --horizon 24 --samples 30
 
 A symbol that cannot be forecast costs its own row, which says why. The same command again goes on where it was
-interrupted. Exit code: 0 all symbols are forecast, 1 some are not (see column error), 2 nothing could be started.
+interrupted. Exit code: 0 all symbols are forecast, 1 some are not (see column error), 2 an error, nothing could be
+started or an actor failed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any, TextIO
 
 import ray
 import ray.data
+import ray.exceptions
+from ray.data.exceptions import UserCodeException
 
 from cluster.batch_files import Layout, Source, find_files, scan
 from cluster.batch_forecaster import Forecaster, Work, unit_rows
@@ -249,19 +252,21 @@ def _forecast(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     per_call = max(1, min(UNITS_PER_CALL, len(units) // (place.actors * UNITS_PER_ACTOR)))
+    calls = -(-len(units) // per_call)
+    actors = min(place.actors, calls)  # one without a call would only start
     total = sum(len(unit.symbols) for unit in units)
     _say(
         show,
-        f"{total} symbols in {len(units)} units for {place.actors} actor(s) on {place.kind} "
+        f"{total} symbols in {len(units)} units for {actors} actor(s) on {place.kind} "
         f"({place.num_cpus:g} CPU, {place.num_gpus:g} GPU each); {summary.symbols} finished before",
     )
-    data = ray.data.from_items(unit_rows(units), override_num_blocks=-(-len(units) // per_call)).map_batches(
+    data = ray.data.from_items(unit_rows(units), override_num_blocks=calls).map_batches(
         Forecaster,
         fn_constructor_args=(work, store),
         batch_size=per_call,
-        compute=ray.data.ActorPoolStrategy(size=place.actors),
+        compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=place.num_cpus,
         num_gpus=place.num_gpus or None,
     )
@@ -381,6 +386,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KronosError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (ray.exceptions.RayError, UserCodeException) as error:
+        print(f"error: an actor failed, and the same command goes on from here: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
     print(summary.text(config.output))
     return 1 if summary.errors else 0
 

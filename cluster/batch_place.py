@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+import ray
 
 from cluster.plan import gpu_slots
 from model.device import resolve_device
@@ -71,18 +76,16 @@ def _has_mps() -> bool:
 @contextmanager
 def ray_session(address: str | None) -> Iterator[None]:
     """The Ray cluster this process is connected to; else the one at `address`; else a private one on this machine."""
-    import os
-
-    import ray
-
     if ray.is_initialized():
         yield
         return
+    # What actors have to say comes back in their rows.
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     else:
-        ray.init(address=address, log_to_driver=False)
+        ray.init(address=address, **quiet)
     try:
         yield
     finally:

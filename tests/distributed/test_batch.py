@@ -64,7 +64,7 @@ def table(tmp_path_factory):
 def arguments(source, output, model, **options):
     given = {"horizon": HORIZON, "samples": SAMPLES, "max_context": CONTEXT, "device": "cpu"} | options
     flags = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    return ["--input", str(source), "--output", str(output), "--model", model, *flags]
+    return ["--input", str(source), "--output", str(output), "--model", model, "--paths", *flags]
 
 
 def forecast(source, output, model, **options):
@@ -74,6 +74,10 @@ def forecast(source, output, model, **options):
 
 
 def same(left, right):
+    """Digit for digit, paths included."""
+    for name in (f"{column}_paths" for column in COLUMNS):
+        np.testing.assert_array_equal(np.stack(left[name].to_numpy()), np.stack(right[name].to_numpy()))
+        left, right = left.drop(columns=name), right.drop(columns=name)
     pd.testing.assert_frame_equal(left, right, check_exact=True)
 
 
@@ -102,6 +106,8 @@ def test_the_numbers_are_the_predictors(undisturbed, table, model):
         for name in COLUMNS:
             np.testing.assert_array_equal(rows[f"{name}_mean"], alone.mean[name])
             np.testing.assert_array_equal(rows[f"{name}_q0.9"], alone.quantiles[0.9][name])
+            paths = np.stack(rows[f"{name}_paths"].to_numpy())
+            np.testing.assert_array_equal(paths.T, alone.paths[:, :, COLUMNS.index(name)])
     assert undisturbed["seed"].nunique() == len(LENGTHS)
     assert set(undisturbed["device"]) == {"cpu"}
     assert set(undisturbed["sha256"]) == {checkpoint.sha256}
@@ -174,17 +180,6 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(undisturbed, t
     # Another model: the same shapes, other weights.
     assert main(arguments(table, output, "bundled")) == 2
     assert "sha256" in capsys.readouterr().err
-
-
-def test_paths_and_no_quantiles(undisturbed, table, model, tmp_path):
-    code = main([*arguments(table, tmp_path / "out", model, quantiles=""), "--paths"])
-    assert code == 0
-    found = pd.read_parquet(tmp_path / "out").sort_values(["symbol", "step"], ignore_index=True)
-    paths = np.stack(found["close_paths"].to_numpy())
-    assert paths.shape == (len(LENGTHS) * HORIZON, SAMPLES)
-    np.testing.assert_allclose(paths.mean(axis=1), found["close_mean"], rtol=1e-6)
-    np.testing.assert_array_equal(found["close_mean"], undisturbed["close_mean"])
-    assert not [name for name in found.columns if "_q" in name]
 
 
 def test_a_killed_run_goes_on_where_it_was(undisturbed, cluster, table, model, tmp_path):
