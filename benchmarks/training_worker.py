@@ -25,7 +25,7 @@ def main(checkout: str, weights: str, batches: str, threads: str) -> None:
         optimizer, max_lr=4e-5, total_steps=1_000_000, pct_start=0.03, div_factor=10
     )
 
-    def step(number: int) -> float:
+    def step(number: int) -> None:
         with torch.no_grad():
             s1, s2 = tokenizer.encode(x[number], half=True)
         s1_logits, s2_logits = model(s1[:, :-1], s2[:, :-1], marks[number][:, :-1])
@@ -35,7 +35,6 @@ def main(checkout: str, weights: str, batches: str, threads: str) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=3.0)
         optimizer.step()
         schedule.step()
-        return float(loss)
 
     for line in sys.stdin:
         started = time.perf_counter()

@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import ray
 
@@ -205,6 +207,28 @@ def test_a_killed_run_goes_on_where_it_was(undisturbed, cluster, table, model, t
     assert code == 0
     same(resumed, undisturbed)
     assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+def test_a_lost_actors_symbols_are_computed_again(undisturbed, cluster, table, model, tmp_path):
+    """SIGKILL of the only actor between two parts, during one and the same run."""
+    output = tmp_path / "out"
+    _wait_for_free_cpus(2)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(forecast, table, output, model, symbols_per_part=1, actors=1)
+        end = time.monotonic() + 120
+        while not list(output.glob("part-*")):
+            assert not running.done()
+            assert time.monotonic() < end
+            time.sleep(0.002)
+        actors = [
+            child for child in psutil.Process().children(recursive=True) if "MapWorker" in "".join(child.cmdline())
+        ]
+        assert len(actors) == 1
+        actors[0].kill()
+        assert len(list(output.glob("part-*"))) < len(LENGTHS)
+        code, found = running.result()
+    assert code == 0
+    same(found, undisturbed)
 
 
 def _wait_for_free_cpus(count):
