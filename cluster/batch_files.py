@@ -101,7 +101,10 @@ def _scan_file(file: Path, names: Layout) -> Source:
             return Source(str(file), layout, (file.stem,), size)
         if layout == "wide":
             return Source(str(file), layout, tuple(wide_symbols(schema.names, names)), size)
-        return Source(str(file), layout, tuple(_long_symbols(file, names)), size)
+        symbols = tuple(_long_symbols(file, names))
+        if not symbols:
+            raise InputError(f"{file}: there are no rows: give at least one bar of history", code="no_rows")
+        return Source(str(file), layout, symbols, size)
     except InputError as fault:
         return Source(str(file), "", (file.stem,), fault=fault)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

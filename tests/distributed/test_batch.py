@@ -1,5 +1,6 @@
 """Batch forecasts on a real Ray cluster of two CPUs: every symbol's numbers are its own, whatever happens around it."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import psutil
 import pytest
 import ray
 
-from cluster.batch import main
+from cluster.batch import main, parse_arguments, run_batch
 from cluster.batch_forecaster import symbol_seed
 from model.predictor import KronosPredictor
 from model.registry import load_checkpoint, named_source
@@ -126,6 +127,12 @@ def test_units_actors_layouts_and_company_change_nothing(undisturbed, table, mod
     wide.reset_index().to_csv(tmp_path / "wide.csv", index=False)
     _, from_wide = forecast(tmp_path / "wide.csv", tmp_path / "from_wide", model, actors=2)
     same(from_wide, undisturbed)
+
+    # Files too large to be read again and again are divided by symbol first.
+    config = parse_arguments(arguments(table, tmp_path / "spread", model, symbols_per_part=2))
+    assert run_batch(dataclasses.replace(config, spread_bytes=5000)).computed == len(LENGTHS)
+    same(pd.read_parquet(tmp_path / "spread").sort_values(["symbol", "step"], ignore_index=True), undisturbed)
+    assert not (tmp_path / "spread" / "_spread").exists()
 
     (tmp_path / "single").mkdir()
     for symbol in ("AAA", "H.H"):

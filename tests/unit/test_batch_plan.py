@@ -83,6 +83,10 @@ def test_nothing_readable_is_an_error(tmp_path):
     candles(3).rename(columns={"timestamps": "when"}).to_csv(tmp_path / "a.csv", index=False)
     with pytest.raises(InputError, match="--time-column"):
         scan(find_files([str(tmp_path)]), NAMES)
+    candles(0).assign(symbol="A").to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.csv").unlink()
+    with pytest.raises(InputError, match="no rows"):
+        scan(find_files([str(tmp_path)]), NAMES)
 
 
 def test_every_symbol_is_in_one_unit_with_all_of_its_files():
