@@ -117,27 +117,34 @@ def test_the_numbers_are_the_predictors(undisturbed, table, model):
     assert undisturbed["error"].isna().all()
 
 
-def test_units_actors_layouts_and_company_change_nothing(undisturbed, table, model, tmp_path):
-    bars = pd.read_parquet(table)
-    _, two = forecast(table, tmp_path / "two", model, actors=2, symbols_per_part=3)
+def test_two_actors_and_small_units_change_nothing(undisturbed, table, model, tmp_path):
+    _, two = forecast(table, tmp_path / "out", model, actors=2, symbols_per_part=3)
     same(two, undisturbed)
 
-    wide = bars.pivot(index="timestamps", columns="symbol").swaplevel(axis=1)
+
+def test_a_wide_table_gives_the_numbers_of_the_long_one(undisturbed, table, model, tmp_path):
+    wide = pd.read_parquet(table).pivot(index="timestamps", columns="symbol").swaplevel(axis=1)
     wide.columns = [f"{symbol}.{field}" for symbol, field in wide.columns]
     wide.reset_index().to_csv(tmp_path / "wide.csv", index=False)
-    _, from_wide = forecast(tmp_path / "wide.csv", tmp_path / "from_wide", model, actors=2)
+    _, from_wide = forecast(tmp_path / "wide.csv", tmp_path / "out", model, actors=2)
     same(from_wide, undisturbed)
 
-    # Files too large to be read again and again are divided by symbol first.
-    config = parse_arguments(arguments(table, tmp_path / "spread", model, symbols_per_part=2))
-    assert run_batch(dataclasses.replace(config, spread_bytes=5000)).computed == len(LENGTHS)
-    same(pd.read_parquet(tmp_path / "spread").sort_values(["symbol", "step"], ignore_index=True), undisturbed)
-    assert not (tmp_path / "spread" / "_spread").exists()
 
+@pytest.mark.slow
+def test_large_files_divided_by_symbol_give_the_same_numbers(undisturbed, table, model, tmp_path):
+    config = parse_arguments(arguments(table, tmp_path / "out", model, symbols_per_part=2))
+    assert run_batch(dataclasses.replace(config, spread_bytes=5000)).computed == len(LENGTHS)
+    same(pd.read_parquet(tmp_path / "out").sort_values(["symbol", "step"], ignore_index=True), undisturbed)
+    assert not (tmp_path / "out" / "_spread").exists()
+
+
+@pytest.mark.slow
+def test_a_symbol_alone_has_the_numbers_that_it_has_in_company(undisturbed, table, model, tmp_path):
+    bars = pd.read_parquet(table)
     (tmp_path / "single").mkdir()
     for symbol in ("AAA", "H.H"):
         bars[bars["symbol"] == symbol].drop(columns="symbol").to_csv(tmp_path / f"single/{symbol}.csv", index=False)
-    _, alone = forecast(tmp_path / "single", tmp_path / "alone", model, symbols_per_part=1)
+    _, alone = forecast(tmp_path / "single", tmp_path / "out", model, symbols_per_part=1)
     same(alone, undisturbed[undisturbed["symbol"].isin(["AAA", "H.H"])].reset_index(drop=True))
 
 
@@ -216,6 +223,7 @@ def test_a_killed_run_goes_on_where_it_was(undisturbed, cluster, table, model, t
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
+@pytest.mark.slow
 def test_a_lost_actors_symbols_are_computed_again(undisturbed, cluster, table, model, tmp_path):
     """SIGKILL of the only actor between two parts, during one and the same run."""
     output = tmp_path / "out"
