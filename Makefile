@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: serve test verify lint bench load chaos overhead soak clean
+.PHONY: serve test verify lint bench batch-bench train-bench load chaos overhead soak clean
 
 # The environment is rebuilt when a requirements file is newer than the last install.
 $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
@@ -31,6 +31,15 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/engine.py $(ARGS)
+
+# Batch forecasts against the engine alone, and docs/capacity.md worked out from the result; the trainer against the
+# public loop: ARGS="--reference PATH". ARGS=--quick shows in a minute that they run.
+batch-bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/batch.py $(ARGS)
+	$(BIN)/python benchmarks/capacity.py
+
+train-bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/training.py $(ARGS)
 
 # Each prints one table; ARGS=--quick takes about a minute per command. They want the machine for themselves.
 load: $(VENV)/.installed

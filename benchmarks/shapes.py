@@ -52,6 +52,13 @@ def save_pair(shape: str, folder: Path) -> None:
 
 def random_series(history: int, horizon: int, seed: int) -> Series:
     """A random walk of five-minute candles."""
+    candles = random_frame(history, seed)
+    times = pd.date_range("2024-01-01", periods=history + horizon, freq="5min")
+    return series_from_frame(candles[list(COLUMNS)], times[:history], times[history:])
+
+
+def random_frame(history: int, seed: int) -> pd.DataFrame:
+    """A random walk of five-minute candles: timestamps and the six columns."""
     rng = np.random.default_rng(seed)
     close = 100 * np.exp(rng.normal(0, 0.002, history).cumsum())
     open_ = np.concatenate(([100.0], close[:-1]))
@@ -59,5 +66,4 @@ def random_series(history: int, horizon: int, seed: int) -> Series:
     high, low = np.maximum(open_, close) * (1 + noise[0]), np.minimum(open_, close) * (1 - noise[1])
     volume = rng.lognormal(5, 1, history)
     candles = pd.DataFrame(dict(zip(COLUMNS, (open_, high, low, close, volume, volume * close), strict=True)))
-    times = pd.date_range("2024-01-01", periods=history + horizon, freq="5min")
-    return series_from_frame(candles, times[:history], times[history:])
+    return candles.assign(timestamps=pd.date_range("2024-01-01", periods=history, freq="5min"))

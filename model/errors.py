@@ -23,7 +23,11 @@ __all__ = [
     "QueueFullError",
     "RequestTooLargeError",
     "UnsafeCheckpointError",
+    "clip_text",
 ]
+
+MAX_ECHO = 64
+"""Characters of what a user gave that an error repeats."""
 
 
 class KronosError(Exception):
@@ -83,3 +87,9 @@ class RequestTooLargeError(EngineFullError):
 
 class ForecastCancelledError(KronosError):
     """The computing stopped because the caller asked for it; no result was made."""
+
+
+def clip_text(text: str, limit: int = MAX_ECHO) -> str:
+    """Text of a user, made safe to show: printable ASCII and at most `limit` characters."""
+    safe = "".join(char if char.isascii() and char.isprintable() else "?" for char in text[:limit])
+    return safe if len(text) <= limit else safe[: limit - 3] + "..."

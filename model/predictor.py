@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import secrets
+import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from model.device import memory_bytes, resolve_device, resolve_precision
 from model.engine.engine import Engine
 from model.engine.types import BarsCallback, EngineConfig, Request, WindowPolicy
-from model.errors import InputError
+from model.errors import InputError, KronosError
 from model.frames import Times, series_from_frame
 from model.kronos import Kronos
 from model.sampler import check_sampling
@@ -65,6 +66,7 @@ class KronosPredictor:
         cache_bytes: int | None = None,
         max_rows: int = 1024,
         compile: bool = False,
+        throughput: bool = False,
     ) -> None:
         """device: as resolve_device takes it. max_context: bars that the model sees at once.
 
@@ -73,6 +75,8 @@ class KronosPredictor:
         the CPU commits only what is used. max_rows: paths that step together; more wait.
         compile: prepares steps with torch.compile on first use, minutes the first time; engine.warnings says if it
         could not.
+        throughput: for many series at once rather than for short waits: a history is computed in one piece, so that its
+        rounding does not depend on what runs beside it, and any amount of work may wait.
         """
         if max_context < 1:
             raise ValueError(f"max_context must be at least 1, not {max_context}")
@@ -98,6 +102,8 @@ class KronosPredictor:
             max_rows=max_rows,
             compile_rows=COMPILED_ROWS if compile else (),
         )
+        if throughput:
+            self._config = replace(self._config, prefill_chunk=max_context, max_queued_work=sys.maxsize)
         self._engine: Engine | None = None
         self._engine_weights: tuple[tuple[int, int], ...] = ()
         self._engine_lock = threading.Lock()
@@ -268,13 +274,43 @@ class KronosPredictor:
         [request] = self._generate(
             [series], sampling, window, should_stop=should_stop, on_step=on_step, on_bars=on_bars
         )
+        return self._paths(request)
+
+    def forecast_many(
+        self, batch: Sequence[tuple[Series, Sampling]], *, window: str = "exact"
+    ) -> list[Paths | Exception]:
+        """forecast_series for many series, each with its own settings; all of them share the engine's steps.
+
+        What is wrong with one is its result, and costs the others nothing.
+        """
+        results: dict[int, Paths | Exception] = {}
+        requests: dict[int, Request] = {}
+        engine, companions = self.engine, object()
+        for number, (series, sampling) in enumerate(batch):
+            try:
+                check_sampling(sampling)
+                policy = _window_policy(window, self.max_context, series.horizon)
+                request = Request(series, sampling, policy, companions=companions)
+                engine.submit([request])
+            except KronosError as error:
+                results[number] = error
+            else:
+                requests[number] = request
+        engine.finish(list(requests.values()))
+        for number, request in requests.items():
+            results[number] = self._paths(request) if request.error is None else cast(Exception, request.error)
+        return [results[number] for number in range(len(batch))]
+
+    def _paths(self, request: Request) -> Paths:
+        """What a finished request has made."""
+        context = request.context_used(self.max_context)
         return Paths(
             values=_candles(request, request.normalised).astype(np.float64),
             tokens=cast(np.ndarray, request.tokens),
             window=Window(
-                context_used=request.context_used(self.max_context),
-                slid=request.context_used(self.max_context) + series.horizon - 1 > self.max_context,
-                policy=window,
+                context_used=context,
+                slid=context + request.horizon - 1 > self.max_context,
+                policy=str(request.window),
             ),
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -67,6 +67,35 @@ PUBLISHED = {
     ),
 }
 """The public checkpoints by alias. Those without a known good revision follow the repository's main branch."""
+
+
+def named_source(
+    name: str,
+    *,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    tokenizer_revision: str | None = None,
+    max_context: int | None = None,
+) -> CheckpointSource:
+    """What a command line calls a model: bundled, an alias of PUBLISHED, a local folder or a Hub repository.
+
+    What is given beside the name replaces what the alias says.
+    """
+    folder = Path(name)
+    published = {source.model: source for source in PUBLISHED.values()}
+    known = {"bundled": BUNDLED, BUNDLED.id: BUNDLED, **published, **PUBLISHED}
+    if folder.is_dir() or name not in known:  # a folder wins: whoever trained one into ./kronos-small means it
+        base = CheckpointSource(id=folder.name if folder.is_dir() else name, model=name)
+    else:
+        base = known[name]
+    return replace(
+        base,
+        tokenizer=tokenizer or base.tokenizer,
+        revision=revision or base.revision,
+        # A revision says nothing about another repository.
+        tokenizer_revision=tokenizer_revision or (None if tokenizer else base.tokenizer_revision),
+        max_context=max_context or base.max_context,
+    )
 
 
 @dataclass(frozen=True)

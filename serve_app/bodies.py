@@ -10,7 +10,8 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from serve_app.errors import ServiceError, clip_text
+from model.errors import clip_text
+from serve_app.errors import ServiceError
 
 JSON = "application/json"
 ARROW = "application/vnd.apache.arrow.stream"

@@ -13,8 +13,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from model.errors import clip_text
+
 MAX_FIELD_ERRORS = 20
-MAX_ECHO = 64
 
 STATUS = {
     "malformed_json": 400,
@@ -117,12 +118,6 @@ def invalid_fields(fields: Sequence[FieldError]) -> ServiceError:
         else f"{count} error{'s' if count != 1 else ''}"
     )
     return ServiceError(code, f"the request has {shown}, see fields; the first: {fields[0].message}", fields=fields)
-
-
-def clip_text(text: str, limit: int = MAX_ECHO) -> str:
-    """Text of a client, made safe to show: printable ASCII and at most `limit` characters."""
-    safe = "".join(char if char.isascii() and char.isprintable() else "?" for char in text[:limit])
-    return safe if len(text) <= limit else safe[: limit - 3] + "..."
 
 
 def value_errors(faults: Iterable[FieldError]) -> ValidationError:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from model.calendars import CalendarError, future_times, parse_freq, require_known
 from model.frames import clock_marks
 from model.types import Sampling, Series
-from serve_app.calendars import CalendarError, future_times, parse_freq, require_known
 from serve_app.candles import candle_matrix, range_faults
 from serve_app.config import Defaults, Limits
 from serve_app.errors import MAX_FIELD_ERRORS, FieldError, Loc, invalid_fields
@@ -149,7 +149,7 @@ def _future(
     calendar = series.calendar if series.calendar is not None else request.calendar
     try:
         if future is None:
-            local = future_times(series.timestamps, horizon, freq, calendar)
+            local = future_times(series.timestamps.local, series.timestamps.offset, horizon, freq, calendar)
             return local, series.timestamps.write(local), []
         # Not needed beside the times themselves, but a misspelt one is a mistake all the same.
         if freq is not None:
@@ -157,7 +157,8 @@ def _future(
         if calendar is not None:
             require_known(calendar)
     except CalendarError as error:
-        return None, (), [FieldError(_place(loc, series, error.field), error.code, str(error))]
+        remedy = "; or give future_timestamps" if future is None else ""
+        return None, (), [FieldError(_place(loc, series, error.field), error.code, f"{error}{remedy}")]
     faults = [_under(future_loc, fault) for fault in follow_faults(series.timestamps, future)]
     return future.local, future.texts, faults
 

@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from model.errors import clip_text
 from serve_app import schemas
 from serve_app.bodies import parse_json
 from serve_app.catalog import Catalog
 from serve_app.config import AppConfig
-from serve_app.errors import Loc, ServiceError, clip_text, field_errors, invalid_fields
+from serve_app.errors import Loc, ServiceError, field_errors, invalid_fields
 from serve_app.prepare import Prepared, prepare_forecast, prepare_predictions
 
 BodyT = TypeVar("BodyT", bound=BaseModel)

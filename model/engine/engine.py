@@ -54,6 +54,10 @@ class Engine:
             # Who reads bars as they come wants the first ones early.
             request.companions = None if request.on_bars else companions
         self.submit(requests)
+        self.finish(requests)
+
+    def finish(self, requests: Sequence[Request]) -> None:
+        """wait() for the only one who waits: if it is interrupted, the requests are dropped."""
         try:
             self.wait(requests)
         except BaseException:

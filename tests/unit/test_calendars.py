@@ -3,19 +3,18 @@
 import numpy as np
 import pytest
 
-from serve_app.calendars import CalendarError, future_times, parse_freq
+from model.calendars import CalendarError, future_times, parse_freq
 from serve_app.times import parse_times
 
 
 def follow(texts, horizon, freq=None, calendar=None):
     times = parse_times(texts)
-    return times.write(future_times(times, horizon, freq, calendar))
+    return times.write(future_times(times.local, times.offset, horizon, freq, calendar))
 
 
 def refused(texts, horizon=3, freq=None, calendar=None):
     with pytest.raises(CalendarError) as caught:
         follow(texts, horizon, freq, calendar)
-    assert "future_timestamps" in str(caught.value) or caught.value.code in ("unknown_calendar", "times_out_of_range")
     return caught.value.field, caught.value.code
 
 
@@ -51,7 +50,7 @@ def test_freq(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "month", "1M", "0min", "-5min", "5", "1e9d", "99999d", "5 min min"])
 def test_bad_freq(text):
-    with pytest.raises(CalendarError, match="future_timestamps"):
+    with pytest.raises(CalendarError, match="5min or 1d"):
         parse_freq(text)
 
 

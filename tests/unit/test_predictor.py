@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import KronosPredictor
-from model.errors import ForecastCancelledError, InputError
+from model.errors import ForecastCancelledError, InputError, RequestTooLargeError
 from model.frames import series_from_frame
 from model.types import COLUMNS, Sampling
 
@@ -58,6 +58,28 @@ def test_unseeded_batch_of_unequal_series_runs_under_the_global_generator(predic
     for first, second in zip(*results, strict=True):
         np.testing.assert_array_equal(first, second)
     assert [len(frame) for frame in results[0]] == [3, 6]
+
+
+def test_many_series_each_with_its_own_settings_and_faults(tiny, bars):
+    """Digit for digit what each gets alone, in the throughput mode that batches use."""
+    alone, together = (KronosPredictor(*tiny, device="cpu", max_context=48, throughput=True) for _ in range(2))
+    batch = []
+    for number, (length, horizon) in enumerate([(20, 5), (60, 9), (48, 3), (90, 5)]):
+        frame = bars[number * 100 : number * 100 + length + horizon]
+        history = frame[:length]
+        series = series_from_frame(history, history["timestamps"], frame["timestamps"][length:])
+        batch.append((series, Sampling(samples=number + 1, seed=number)))
+    too_large = (batch[0][0], Sampling(samples=10**7, seed=0))
+    negative = (batch[0][0], Sampling(samples=1, top_p=-1.0, seed=0))
+    found = together.forecast_many([*batch[:2], too_large, negative, *batch[2:]])
+    assert isinstance(found.pop(2), RequestTooLargeError)
+    assert isinstance(found.pop(2), InputError)
+    for (series, sampling), paths in zip(batch, found, strict=True):
+        expected = alone.forecast_series(series, sampling)
+        np.testing.assert_array_equal(paths.values, expected.values)
+        np.testing.assert_array_equal(paths.tokens, expected.tokens)
+        assert paths.window == expected.window
+    together.engine.check_integrity()
 
 
 def test_first_paths_do_not_depend_on_how_many_are_drawn(predictor, bars):

@@ -3,7 +3,8 @@
 import pytest
 from pydantic import TypeAdapter
 
-from serve_app.errors import STATUS, FieldError, ServiceError, clip_text, invalid_fields
+from model.errors import clip_text
+from serve_app.errors import STATUS, FieldError, ServiceError, invalid_fields
 from serve_app.limits import RateLimiter
 from serve_app.schemas import ErrorBody
 

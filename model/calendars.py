@@ -14,21 +14,19 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 
-from serve_app.errors import clip_text
-from serve_app.times import Times
+from model.errors import clip_text
 
 ALWAYS_OPEN = "24/7"
 DAY = np.timedelta64(1, "D").astype("timedelta64[us]")
 _UNITS = {"s": 1, "sec": 1, "min": 60, "t": 60, "h": 3600, "d": 86400, "day": 86400, "w": 604800, "week": 604800}
 _FREQ = re.compile(r"(\d{0,4})\s*([a-z]+)")
-_GIVE_TIMES = "or give future_timestamps"
 _CHECKED_BARS = 1000
 _FIT_SHARE = 0.9
 """Share of the history's bars that must lie on the calendar's grid: vendors have the odd auction bar beside it."""
 
 
 class CalendarError(ValueError):
-    """Future times cannot be told. field is the request's field to change: "freq" or "calendar"."""
+    """Future times cannot be told. field is the setting to change: "freq" or "calendar"."""
 
     def __init__(self, field: str, code: str, message: str) -> None:
         super().__init__(message)
@@ -40,30 +38,33 @@ def parse_freq(freq: str) -> np.timedelta64:
     """ "5min", "1h", "D", "2w" → timedelta64[us]. Raises CalendarError."""
     match = _FREQ.fullmatch(freq.strip().lower())
     if match is None or match[2] not in _UNITS or match[1] in ("0", "00", "000", "0000"):
-        text = "must be a number and one of s, min, h, d, w, such as 5min or 1d; for months give future_timestamps"
+        text = "must be a number and one of s, min, h, d, w, such as 5min or 1d; a month is no fixed size"
         raise CalendarError("freq", "unknown_freq", text)
     return np.timedelta64(int(match[1] or 1) * _UNITS[match[2]], "s").astype("timedelta64[us]")
 
 
-def future_times(history: Times, horizon: int, freq: str | None, calendar: str | None) -> np.ndarray:
-    """The horizon bar times after the history, datetime64[us] on the history's wall clock.
+def future_times(
+    local: np.ndarray, offset: timedelta | None, horizon: int, freq: str | None, calendar: str | None
+) -> np.ndarray:
+    """The horizon bar times after a history's, datetime64[us] on the history's wall clock.
 
+    local: datetime64[us] [T], the history's times on its wall clock, rising. offset: of that clock from UTC; None if it
+    is not told, which an intraday calendar reads as the exchange's own time.
     freq: a bar size as parse_freq reads it; None infers it from the history.
     calendar: an exchange_calendars name, "24/7", or None: every step of freq is a bar.
     Raises CalendarError.
     """
-    local = history.local
     if calendar is None or calendar == ALWAYS_OPEN:
         step = parse_freq(freq) if freq else _infer_step(local, gaps_allowed=calendar is not None)
         future = local[-1] + step * np.arange(1, horizon + 1)
     else:
         step = parse_freq(freq) if freq else _infer_step(local, gaps_allowed=True)
         if step < DAY:
-            future = _intraday(history, horizon, step, calendar)
+            future = _intraday(local, offset, horizon, step, calendar)
         elif step == DAY:
             future = _daily(local, horizon, calendar)
         else:
-            text = f"bars of more than a day do not follow a calendar: leave calendar out, {_GIVE_TIMES}"
+            text = "bars of more than a day do not follow a calendar: leave calendar out"
             raise CalendarError("calendar", "freq_over_a_day", text)
     if future[-1] > np.datetime64("9999-12-31") or (np.diff(future) <= np.timedelta64(0)).any():
         raise CalendarError("freq", "times_out_of_range", "the future timestamps leave the range of dates")
@@ -74,19 +75,16 @@ def _infer_step(local: np.ndarray, *, gaps_allowed: bool) -> np.timedelta64:
     """The bar size. Without a calendar all steps must be equal; with one, gaps of whole bars are closed hours."""
     steps = np.diff(local)
     if len(steps) == 0:
-        raise CalendarError("freq", "freq_ambiguous", f"one bar shows no bar size: give freq, {_GIVE_TIMES}")
+        raise CalendarError("freq", "freq_ambiguous", "one bar shows no bar size: give freq")
     sizes, counts = np.unique(steps, return_counts=True)
     step = sizes[counts.argmax()]
     if len(sizes) == 1:
         return step
     if not gaps_allowed:
-        text = (
-            "the history has gaps, so that the next bars cannot be told: give calendar (such as XNYS, XSHG or 24/7), "
-            f"{_GIVE_TIMES}"
-        )
+        text = "the history has gaps, so that the next bars cannot be told: give calendar (such as XNYS, XSHG or 24/7)"
         raise CalendarError("freq", "freq_ambiguous", text)
     if step != sizes[0] or counts.max() * 2 <= len(steps):
-        text = f"the history's bars are unevenly spaced: give freq, {_GIVE_TIMES}"
+        text = "the history's bars are unevenly spaced: give freq"
         raise CalendarError("freq", "freq_ambiguous", text)
     return step
 
@@ -118,9 +116,7 @@ def _sessions(name: str, first_year: int, last_year: int) -> tuple[np.ndarray, n
     lower, upper = probe.bound_min(), probe.bound_max()
     start, end = max(first, lower) if lower is not None else first, min(last, upper) if upper is not None else last
     if start >= end:
-        raise CalendarError(
-            "calendar", "calendar_out_of_range", f"this calendar does not cover these years: {_GIVE_TIMES[3:]}"
-        )
+        raise CalendarError("calendar", "calendar_out_of_range", "this calendar does not cover these years")
     schedule = exchange_calendars.get_calendar(name, start=start, end=end).schedule
     parts = [(schedule["open"], schedule["close"])]
     if schedule["break_start"].notna().any():
@@ -139,7 +135,7 @@ def _utc(column: pd.Series) -> np.ndarray:
 def _calendar(local: np.ndarray, name: str, spare_years: int) -> tuple[np.ndarray, np.ndarray, str, bool]:
     first, last = (int(str(moment)[:4]) for moment in (local[max(0, len(local) - _CHECKED_BARS)], local[-1]))
     if not 1900 <= first <= last <= 2200:
-        raise CalendarError("calendar", "calendar_out_of_range", f"calendars cover 1900 to 2200: {_GIVE_TIMES[3:]}")
+        raise CalendarError("calendar", "calendar_out_of_range", "calendars cover 1900 to 2200")
     return _sessions(name, first - 1, last + spare_years)
 
 
@@ -151,10 +147,10 @@ def _daily(local: np.ndarray, horizon: int, name: str) -> np.ndarray:
     return following.astype("datetime64[us]") + (local[-1] - day.astype("datetime64[us]"))
 
 
-def _intraday(history: Times, horizon: int, step: np.timedelta64, name: str) -> np.ndarray:
+def _intraday(local: np.ndarray, offset: timedelta | None, horizon: int, step: np.timedelta64, name: str) -> np.ndarray:
     """Bars are labelled by their open or by their close: whichever the history shows."""
-    _, hours, zone, _ = _calendar(history.local, name, spare_years=4)
-    utc = _to_utc(history.local[-_CHECKED_BARS:], history.offset, zone)
+    _, hours, zone, _ = _calendar(local, name, spare_years=4)
+    utc = _to_utc(local[-_CHECKED_BARS:], offset, zone)
     around = hours[(hours[:, 0, 0] > utc[0] - 7 * DAY)]
     # Enough for the horizon even if a session had a single bar, and for what lies between.
     around = around[: int((around[:, 0, 0] <= utc[-1]).sum()) + horizon + 1]
@@ -165,17 +161,17 @@ def _intraday(history: Times, horizon: int, step: np.timedelta64, name: str) -> 
     best = [grid for grid, share in zip(grids, shares, strict=True) if share == max(shares) >= _FIT_SHARE]
     futures = [grid[grid > utc[-1]][:horizon] for grid in best]
     if not futures:
-        text = f"the history's bars do not fit this calendar's sessions and bar size: check both, {_GIVE_TIMES}"
+        text = "the history's bars do not fit this calendar's sessions and bar size: check both"
         raise CalendarError("calendar", "not_on_calendar", text)
     for future in futures:
         _require_enough(future, horizon)
     if len(futures) == 2 and not np.array_equal(*futures):
         text = (
             "the history does not show whether a bar is named by its open or its close: "
-            f"send the first or last bar of a session as well, {_GIVE_TIMES}"
+            "send the first or last bar of a session as well"
         )
         raise CalendarError("calendar", "calendar_ambiguous", text)
-    return _to_local(futures[0], history.offset, zone)
+    return _to_local(futures[0], offset, zone)
 
 
 def _grid(hours: np.ndarray, step: np.timedelta64, right: bool) -> np.ndarray:
@@ -208,5 +204,5 @@ def _to_local(utc: np.ndarray, offset: timedelta | None, zone: str) -> np.ndarra
 
 def _require_enough(future: np.ndarray, horizon: int) -> None:
     if len(future) < horizon:
-        text = f"this calendar ends after {len(future)} more bars: {_GIVE_TIMES[3:]}, or a shorter horizon"
+        text = f"this calendar ends after {len(future)} more bars: ask for a shorter horizon"
         raise CalendarError("calendar", "calendar_out_of_range", text)

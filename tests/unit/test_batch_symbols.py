@@ -1,0 +1,138 @@
+"""One symbol's history: what is refused, by which name, and which times come next."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cluster.batch_files import Layout
+from cluster.batch_plan import Unit
+from cluster.batch_symbols import HistoryRules, future_index, load_unit, symbol_history
+from model.errors import InputError
+
+NAMES = Layout()
+
+
+def candles(count=40, start="2024-01-01", freq="5min", tz=None):
+    close = 100 + np.sin(np.arange(count) / 5)
+    times = pd.date_range(start, periods=count, freq=freq, tz=tz)
+    return pd.DataFrame(
+        {"timestamps": times, "open": close, "high": close + 1, "low": close - 1, "close": close, "volume": 5.0}
+    )
+
+
+def history(*pieces, symbol="A", **rules):
+    return symbol_history(symbol, pieces, NAMES, HistoryRules(**({"horizon": 4} | rules)))
+
+
+def spoil(column, row, value):
+    frame = candles()
+    frame[column] = frame[column].astype(object) if isinstance(value, str) else frame[column]
+    frame.loc[row, column] = value
+    return frame
+
+
+def reverse(frame):
+    return frame.iloc[::-1].reset_index(drop=True)
+
+
+def text_times(frame, row, text):
+    texts = frame["timestamps"].astype(str).astype(object)
+    texts[row] = text
+    return frame.assign(timestamps=texts)
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (spoil("close", 3, np.nan), "not_finite"),
+        (spoil("close", 3, np.inf), "not_finite"),
+        (spoil("close", 3, "n/a"), "not_a_number"),
+        (spoil("low", 3, -1.0), "not_positive"),
+        (spoil("open", 3, 0.0), "not_positive"),
+        (spoil("volume", 3, -1.0), "negative"),
+        (spoil("high", 3, 1.0), "high_below_low"),
+        (reverse(candles()), "unsorted_times"),
+        (pd.concat([candles(), candles().tail(1)]), "duplicate_times"),
+        (text_times(candles(), 5, "yesterday"), "not_a_time"),
+        (text_times(candles(), 5, "2024-01-01 00:25:00+08:00"), "mixed_time_zones"),
+        (candles().assign(timestamps=range(40)), "not_a_time"),
+        (candles(5), "too_short"),
+        (candles(0), "no_rows"),
+        (candles().drop(index=7), "freq_ambiguous"),
+    ],
+)
+def test_a_bad_history_is_refused_by_code(frame, code):
+    with pytest.raises(InputError) as caught:
+        history(frame)
+    assert caught.value.code == code, str(caught.value)
+
+
+def test_rows_without_a_symbol_are_an_error_of_their_own():
+    with pytest.raises(InputError, match="name no symbol") as caught:
+        history(candles(), symbol="")
+    assert caught.value.code == "missing_symbol"
+
+
+def test_pieces_are_put_in_order_and_may_not_overlap():
+    whole = candles(40)
+    found = history(whole[25:].reset_index(drop=True), whole[:25])
+    np.testing.assert_array_equal(found.series.candles, history(whole).series.candles)
+    with pytest.raises(InputError) as caught:
+        history(whole[:25], whole[24:].reset_index(drop=True))
+    assert caught.value.code == "duplicate_times"
+    with pytest.raises(InputError) as caught:
+        history(whole[:25], candles(15, "2024-02-01", tz="UTC"))
+    assert caught.value.code == "mixed_time_zones"
+
+
+def test_only_the_history_that_is_used_is_checked():
+    frame = spoil("close", 3, np.nan)
+    found = history(frame, history=30)
+    assert len(found.series.candles) == 30
+    np.testing.assert_array_equal(found.series.candles[:, 3], frame["close"][10:].to_numpy(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("index", "rules", "expected"),
+    [
+        (pd.date_range("2024-01-01", periods=3, freq="h"), {}, ["2024-01-01 03:00", "2024-01-01 04:00"]),
+        (pd.date_range("2024-01-01", periods=3, freq="D"), {}, ["2024-01-04", "2024-01-05"]),
+        # A gap: by size, or by the exchange's hours.
+        (pd.DatetimeIndex(["2024-01-05", "2024-01-08"]), {"freq": "1d"}, ["2024-01-09", "2024-01-10"]),
+        (pd.DatetimeIndex(["2024-07-02", "2024-07-03"]), {"calendar": "XNYS"}, ["2024-07-05", "2024-07-08"]),
+        # New York's clocks change on 10 March 2024: hours go on in UTC, days on the wall clock.
+        (
+            pd.date_range("2024-03-10 00:00", periods=2, freq="h", tz="America/New_York"),
+            {},
+            ["2024-03-10 03:00-04:00", "2024-03-10 04:00-04:00"],
+        ),
+        (
+            pd.date_range("2024-03-08", periods=2, freq="D", tz="America/New_York"),
+            {},
+            ["2024-03-10 00:00-05:00", "2024-03-11 00:00-04:00"],
+        ),
+    ],
+)
+def test_future_times(index, rules, expected):
+    future = future_index(index, HistoryRules(horizon=2, **rules))
+    assert [pd.Timestamp(text) for text in expected] == list(future)
+    assert str(future.tz) == str(index.tz)
+
+
+def test_wide_and_long_tables_give_the_same_histories(tmp_path):
+    """Ragged: the bars that a symbol does not have are empty cells of the wide table."""
+    long = pd.concat([candles(40).assign(symbol="A"), candles(25, "2024-01-01 01:00").assign(symbol="B.X")])
+    wide = long.pivot(index="timestamps", columns="symbol").swaplevel(axis=1)
+    wide.columns = [f"{symbol}.{field}" for symbol, field in wide.columns]
+    found = []
+    for name, frame in (("long", long), ("wide", wide.reset_index())):
+        for suffix in ("csv", "parquet"):
+            path = tmp_path / f"{name}.{suffix}"
+            frame.to_csv(path, index=False) if suffix == "csv" else frame.to_parquet(path, index=False)
+            found.append(load_unit(Unit(("A", "B.X"), ((str(path), name),)), NAMES, HistoryRules(horizon=4)))
+    for other in found[1:]:
+        for symbol in ("A", "B.X"):
+            np.testing.assert_array_equal(found[0][symbol].series.candles, other[symbol].series.candles)
+            np.testing.assert_array_equal(found[0][symbol].series.marks, other[symbol].series.marks)
+            assert found[0][symbol].future.equals(other[symbol].future)
+    assert len(found[0]["B.X"].series.candles) == 25
