@@ -130,8 +130,8 @@ def _moment(text: str) -> pd.Timestamp:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m cluster.promote",
-        description="Copy a bundle to the folder that the server serves, if its report says that it beats its parent and "
-        "the baselines on held-out data.",
+        description="Copy a bundle to the folder that the server serves, if its report says that it beats its parent "
+        "and the baselines on held-out data.",
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="made by cluster.export")
     parser.add_argument("--report", type=Path, required=True, help="report.json of cluster.evaluate for these weights")
