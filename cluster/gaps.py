@@ -16,7 +16,7 @@ import numpy as np
 DAY = 86_400_000_000_000
 """Nanoseconds."""
 NEIGHBOURS = 10
-"""Dates before and after that are asked whether a slot is open."""
+"""Dates before, and as many after, that are asked whether a slot is open."""
 LONGEST_HOLIDAY = 7
 """Weekdays. Exchanges have closed for six in a row; a longer hole is missing data."""
 MOST_SLOTS = 20_000_000
@@ -170,7 +170,11 @@ def _majority(there: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def _sums_around(table: np.ndarray) -> np.ndarray:
-    """int32 [dates, slots]: sums over up to NEIGHBOURS dates before and after."""
+    """int32 [dates, slots]: sums over up to NEIGHBOURS dates before and as many after.
+
+    As many: else near the ends the dates before a change of clocks would outvote those after it, or the other way.
+    """
     total = np.concatenate([np.zeros((1, table.shape[1]), np.int32), np.cumsum(table, axis=0, dtype=np.int32)])
     rows = np.arange(len(table))
-    return total[np.minimum(rows + NEIGHBOURS + 1, len(table))] - total[np.maximum(rows - NEIGHBOURS, 0)]
+    reach = np.minimum(rows, len(table) - 1 - rows).clip(1, NEIGHBOURS)
+    return total[np.minimum(rows + reach + 1, len(table))] - total[np.maximum(rows - reach, 0)]

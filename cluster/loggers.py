@@ -37,11 +37,13 @@ class RunLoggers:
 
     def log(self, step: int, record: dict[str, float]) -> None:
         """record: name → number. Raises InputError for anything else: texts may hold what must not be logged."""
+        values: dict[str, float] = {}
         for name, value in record.items():
             if not isinstance(value, numbers.Real):
                 raise InputError(f"metric {name!r} is {type(value).__name__}, not a number", code="not_a_number")
+            values[name] = int(value) if isinstance(value, numbers.Integral) else float(value)
         for back_end in self._back_ends:
-            back_end.log(step, record)
+            back_end.log(step, values)
 
     def close(self) -> None:
         """Writes what is pending. All back ends are closed, also if one of them fails."""
