@@ -138,7 +138,7 @@ class LoggingConfig(Strict):
         default=(), description="each needs the extra of its name: pip install 'kronos-ray-serve[tensorboard]'"
     )
     project: str = Field(default="kronos", min_length=1, description="MLflow's experiment, W&B's project")
-    mlflow_uri: str | None = Field(default=None, description="tracking server; default: mlruns/ in the run's folder")
+    mlflow_uri: str | None = Field(default=None, description="tracking server; default: mlflow.db in the run's folder")
     wandb_mode: Literal["offline", "online"] = "offline"
 
 

@@ -23,6 +23,7 @@ from cluster.bundle import (
     check_name,
     copy_networks,
     new_folder,
+    open_bundle,
     pair_sha256,
     read_json,
     verify_bundle,
@@ -83,7 +84,7 @@ def export(
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         write_manifest(folder)
         verify_bundle(folder)
-    return verify_bundle(destination)
+    return open_bundle(destination)
 
 
 def require_same_weights(report: dict[str, Any], sha256: str) -> None:

@@ -74,7 +74,7 @@ def promote(bundle: Path, report_path: Path, target: Path, *, force: str | None 
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         write_manifest(folder)
         verify_bundle(folder)
-    return verify_bundle(target)
+    return open_bundle(target)
 
 
 def objections(report: dict[str, Any], training: dict[str, Any]) -> list[str]:

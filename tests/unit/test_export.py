@@ -30,20 +30,19 @@ def parent(golden, tmp_path):
     return tmp_path / "parent"
 
 
-@pytest.fixture
-def run_output(parent, tmp_path):
-    """What a finetune of the parent leaves: other weights, a record of it, real bars in a file."""
-    folder = tmp_path / "run"
+def finetune(parent, folder):
+    """What a finetune of the parent leaves in folder/run: other weights, a record of it, real bars in a file."""
+    run = folder / "run"
     network = Kronos.from_pretrained(parent / "model")
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.mul_(1.001)
-    network.save_pretrained(folder / "model")
-    shutil.copytree(parent / "tokenizer", folder / "tokenizer")
+    network.save_pretrained(run / "model")
+    shutil.copytree(parent / "tokenizer", run / "tokenizer")
     bars = pd.DataFrame({"timestamps": pd.date_range("2024-07-01", periods=100, freq="h")})
     bars = bars.assign(open=1.0, high=1.0, low=1.0, close=1.0)
-    bars.to_csv(tmp_path / "bars.csv", index=False)
-    source = {"kind": "file", "path": str(tmp_path / "bars.csv"), "validation_share": 0.2, "test_share": 0.2}
+    bars.to_csv(folder / "bars.csv", index=False)
+    source = {"kind": "file", "path": str(folder / "bars.csv"), "validation_share": 0.2, "test_share": 0.2}
     record = {
         "command": "python -m cluster.train --config finetune.yaml",
         "device": "cpu",
@@ -55,8 +54,13 @@ def run_output(parent, tmp_path):
             "predictor": {"init_from": str(parent / "model"), "tokenizer": str(parent / "tokenizer")},
         },
     }
-    (folder / "training.json").write_text(json.dumps(record))
-    return folder
+    (run / "training.json").write_text(json.dumps(record))
+    return run
+
+
+@pytest.fixture
+def run_output(parent, tmp_path):
+    return finetune(parent, tmp_path)
 
 
 def report_of(bundle, **changes):
@@ -84,9 +88,18 @@ def report_of(bundle, **changes):
     return report | changes
 
 
+@pytest.fixture(scope="module")
+def exported(golden, tmp_path_factory):
+    """A run's output and the bundle made of it. Not to be changed."""
+    folder = tmp_path_factory.mktemp("exported")
+    run = finetune(golden, folder)
+    export(run, folder / "candidates" / "mine")
+    return run, folder / "candidates" / "mine"
+
+
 @pytest.fixture
-def bundle(run_output, tmp_path):
-    export(run_output, tmp_path / "candidates" / "mine")
+def bundle(exported, tmp_path):
+    shutil.copytree(exported[1], tmp_path / "candidates" / "mine")
     return tmp_path / "candidates" / "mine"
 
 
@@ -99,7 +112,9 @@ def weights_of(checkpoint):
     return {name: tensor.numpy().tobytes() for name, tensor in checkpoint.model.state_dict().items()}
 
 
-def test_a_bundle_is_complete_and_the_server_finds_it(bundle, run_output, parent):
+def test_a_bundle_is_complete_and_the_server_finds_it(run_output, parent, tmp_path):
+    bundle = tmp_path / "models" / "mine"
+    export(run_output, bundle)
     files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
     networks = {f"{part}/{name}" for part in ("model", "tokenizer") for name in ("config.json", "model.safetensors")}
     assert files == networks | {"README.md", "training.json", "SHA256SUMS"}
@@ -132,7 +147,8 @@ def test_a_bundle_is_complete_and_the_server_finds_it(bundle, run_output, parent
 
 def test_report_and_calibration_go_along_and_are_in_the_manifest(run_output, bundle, tmp_path):
     save(report_of(bundle), run_output / "report.json")
-    calibration = save({"kind": "scale"}, tmp_path / "elsewhere.json")
+    save({"model": "scale"}, tmp_path / "elsewhere.json")
+    calibration = tmp_path / "elsewhere.json"
     made = tmp_path / "candidates" / "second"
     export(run_output, made, name="Second", calibration=calibration)
     manifest = (made / "SHA256SUMS").read_text()
