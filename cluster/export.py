@@ -60,8 +60,9 @@ def export(
     CheckpointError for weights that do not make a working model.
     """
     check_name(destination.name)
-    if not run_output.is_dir():
-        raise InputError(f"there is no folder {run_output}: give run.output of a training run", code="no_such_file")
+    if not (run_output / TRAINING_FILE).is_file():
+        text = f"there is no {run_output / TRAINING_FILE}: give run.output of a training run"
+        raise InputError(text, code="no_such_file")
     training = read_json(run_output / TRAINING_FILE)
     networks = {"model": run_output / "model", "tokenizer": _tokenizer_of(run_output, training)}
     with new_folder(destination, replace=replace) as folder:

@@ -188,7 +188,7 @@ def not_finite(folder):
         (not_finite, "NaN or infinite"),
         (lambda folder: (folder / "model" / "config.json").unlink(), "holds no config.json"),
         (lambda folder: shutil.rmtree(folder / "model"), "holds no config.json"),
-        (lambda folder: (folder / "training.json").unlink(), "training.json cannot be read"),
+        (lambda folder: (folder / "training.json").unlink(), "give run.output of a training run"),
         (lambda folder: (folder / "training.json").write_text("{"), "is not JSON"),
     ],
 )
