@@ -5,38 +5,12 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from cluster.files import write_atomically
+from cluster.loggers import METRICS_FILE, RunLoggers, make_loggers
 from cluster.worker import Worker
-
-METRICS_FILE = "metrics.jsonl"
-
-
-class RunLoggers(Protocol):
-    def log(self, step: int, record: dict[str, float]) -> None: ...
-    def close(self) -> None: ...
-
-
-class JsonLines:
-    """One JSON object a line."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
-
-    def log(self, step: int, record: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def open_loggers(worker: Worker, folder: Path) -> RunLoggers:
-    """The one place that says where records go."""
-    return JsonLines(folder)
 
 
 def forget_after(folder: Path, step: int) -> None:
@@ -67,7 +41,8 @@ class Progress:
         if worker.group.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             forget_after(folder, worker.step)
-            self.loggers = open_loggers(worker, folder)
+            config = worker.config
+            self.loggers = make_loggers(config.logging, folder, config.model_dump(mode="json"))
 
     def begin(self) -> None:
         if self.loggers is None:

@@ -15,6 +15,7 @@ from cluster.checkpoints import Saved
 from cluster.config import Stage, TrainConfig
 from cluster.files import write_atomically
 from cluster.lineage import parent_of
+from cluster.redact import redact
 from cluster.stages import make_task
 from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, resolve_folder
 from model.errors import InputError
@@ -44,14 +45,14 @@ def remember(config: TrainConfig, stage: str, inputs: dict[str, Any], folder: Pa
     path = folder / CONFIG_COPY
     now = config.model_dump(mode="json", include={"run", "training", "data", stage}) | {"inputs": inputs}
     if path.is_file():
-        changed = differences(yaml.safe_load(path.read_text(encoding="utf-8")), now)
+        changed = differences(yaml.safe_load(path.read_text(encoding="utf-8")), redact(now))
         if changed:
             raise InputError(
                 f"run {config.run.name!r} exists in {folder.parent} with another {', '.join(changed[:5])}: choose "
                 "another run.name, or the old values to resume it",
                 code="run_exists",
             )
-    write_atomically(path, yaml.safe_dump(now, sort_keys=False))
+    write_atomically(path, yaml.safe_dump(redact(now), sort_keys=False))
 
 
 def fingerprint(config: TrainConfig, stage: str, inputs: dict[str, Any]) -> str:
@@ -130,4 +131,4 @@ def record(
         "stages": stages,
         "config": config.model_dump(mode="json"),
     }
-    write_atomically(path, json.dumps(whole, indent=2) + "\n")
+    write_atomically(path, json.dumps(redact(whole), indent=2) + "\n")
