@@ -58,7 +58,7 @@ class Checkpoints:
 
     def save(self, step: int, write: Callable[[Path], None], metrics: dict[str, float]) -> Path:
         """write(folder) puts the files there. Afterwards the checkpoints that need not be kept are removed."""
-        final = self.folder / f"step_{step:07d}"
+        final = self.folder / _name(step)
         partial = self.folder / f".partial-{final.name}"
         for leftover in [*self.folder.glob(".partial-*"), *self.folder.glob(".removed-*")]:  # of a process that died
             shutil.rmtree(leftover)
@@ -127,7 +127,7 @@ class Checkpoints:
             raise CheckpointMismatchError(f"its version is {manifest.get('version')!r}, and {VERSION} is read here")
         if manifest["fingerprint"] != self.fingerprint:
             raise CheckpointMismatchError("it is of a run with another configuration, other data or other weights")
-        if folder.name != f"step_{manifest['step']:07d}":
+        if folder.name != _name(manifest["step"]):
             raise CheckpointMismatchError(f"its manifest is of step {manifest['step']}")
         for name, wanted in manifest["files"].items():
             path = folder / name
@@ -144,8 +144,9 @@ class Checkpoints:
 
     def _prune(self, step: int) -> None:
         """Keeps the best few and the one just saved. Later ones were refused when the run resumed: they have no say."""
-        known = [(path, manifest) for path in self._folders() if (manifest := _read_manifest(path))]
-        known = [(path, m) for path, m in known if m["step"] <= step and m["fingerprint"] == self.fingerprint]
+        read = [(path, manifest) for path in self._folders() if (manifest := _read_manifest(path))]
+        mine = [(path, m) for path, m in read if m["fingerprint"] == self.fingerprint and m["step"] <= step]
+        known = [(path, m) for path, m in mine if path.name == _name(m["step"])]
         scored = sorted((m["metrics"][_SCORE], path) for path, m in known if _SCORE in m["metrics"])
         best = [path for _, path in scored[: self.keep]]
         last = known[-1][0]
@@ -162,6 +163,10 @@ class Checkpoints:
         shutil.rmtree(gone, ignore_errors=True)
         os.rename(path, gone)
         shutil.rmtree(gone)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:07d}"
 
 
 def _digest(manifest: dict[str, Any]) -> str:

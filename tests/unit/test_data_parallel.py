@@ -16,22 +16,26 @@ from tests.tiny_training import (
 )
 
 STEPS = 20
+CASES = [(2, 3), pytest.param(2, None, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)]
+# Some gradients are 0 but for rounding (the keys' biases), and Adam makes whole steps of them: 1e-3 keeps these small.
+OPTIMISATION = {"learning_rate": 1e-3, "warmup_steps": 5}
 
 
 @pytest.mark.verify("V3")
-@pytest.mark.parametrize(("size", "micro"), [(2, None), (2, 3), (3, 2)], ids=["2 whole", "2 in pieces", "3 in pieces"])
+@pytest.mark.parametrize(("size", "micro"), CASES, ids=["2 in pieces", "2 whole", "3 in pieces"])
 def test_workers_together_are_one(tmp_path, figure, size, micro):
     """16 windows of unequal weight; among three workers that is 6, 5 and 5, in pieces of 2 with a remainder."""
     tokenizer = save_tokenizer(tmp_path / "tokenizer")
     phases = [{"steps": 100, "window": 24, "batch_size": 16}]
-    single = Worker(tiny_config("predictor", phases=phases), "predictor", tokenizer, CPU)
+    options = {"phases": phases, "optimisation": OPTIMISATION}
+    single = Worker(tiny_config("predictor", **options), "predictor", tokenizer, CPU)
     single.seed_step(0)
     single.add_gradients(single._stream(0)[0].batch(0))
     gradient = gradients(single)
     for _ in range(STEPS):
         single.train_step()
 
-    config = tiny_config("predictor", phases=phases, training={"num_workers": size, "micro_batch_size": micro})
+    config = tiny_config("predictor", **options, training={"num_workers": size, "micro_batch_size": micro})
     multiprocessing.spawn(
         train_in_a_group,
         (size, config.model_dump(mode="json"), "predictor", tokenizer, STEPS, str(tmp_path)),

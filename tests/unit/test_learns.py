@@ -78,7 +78,6 @@ def taught():
 
 
 @pytest.mark.verify("V1")
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_what_can_be_learnt_is_learnt(taught, figure):
     loss = scores(taught, **TEACHER)

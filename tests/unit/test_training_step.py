@@ -10,11 +10,8 @@ from cluster.loop import run_stage
 from cluster.memory import saved_bytes, settle_batch_sizes, windows_that_fit
 from cluster.precision import resolve_training_precision
 from cluster.worker import DivergedError, Worker
-from model.device import precision_obstacle
 from model.errors import InputError
 from tests.tiny_training import CPU, gradients, largest_relative, save_tokenizer, tiny_config, weights
-
-BF16 = pytest.mark.skipif(precision_obstacle("bf16", CPU) is not None, reason="this CPU does not compute bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +56,21 @@ def test_a_tokenizer_batch_in_pieces_has_the_reconstruction_of_the_whole(figure)
 
 
 def test_steps_in_pieces_end_at_the_weights_of_whole_ones(tokenizer_folder):
-    whole, pieces = (make_worker(tokenizer_folder, training={"micro_batch_size": size}) for size in (None, 3))
+    rates = {"learning_rate": 1e-3, "warmup_steps": 5}
+    whole, pieces = (
+        make_worker(tokenizer_folder, training={"micro_batch_size": size}, optimisation=rates) for size in (None, 3)
+    )
     for _ in range(10):
         whole.train_step()
         pieces.train_step()
     assert largest_relative(weights(pieces), weights(whole)) < 1e-4
 
 
-@BF16
 @pytest.mark.verify("V19")
 @pytest.mark.parametrize("stage", ["predictor", "tokenizer"])
-def test_bf16_ends_where_fp32_does(tokenizer_folder, figure, stage):
+def test_bf16_ends_where_fp32_does(tokenizer_folder, monkeypatch, figure, stage):
+    # A CPU without the instructions computes the same, only slower: what is tested here are the numbers.
+    monkeypatch.setattr(precision, "precision_obstacle", lambda name, device: None)
     losses = {}
     for name in ("fp32", "bf16"):
         worker = make_worker(tokenizer_folder, stage, training={"precision": name}, steps=200)
