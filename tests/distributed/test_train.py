@@ -8,21 +8,26 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from cluster.config import parse_config
+from cluster.train import train
+from model.errors import InputError
 from model.kronos import Kronos
 from model.tokenizer import KronosTokenizer
 
 ROOT = Path(__file__).parents[2]
 
 
-def write_config(folder, **run):
+def write_config(folder, predictor=None, **training):
     """A tokenizer and a predictor of a few thousand weights."""
     config = {
-        "run": {"name": "t", "storage": str(folder / "runs"), "output": str(folder / "out"), "device": "cpu"} | run,
+        "run": {"name": "t", "storage": str(folder / "runs"), "output": str(folder / "out")},
+        "training": {"device": "cpu"} | training,
         "data": {
             "source": {
                 "kind": "simulated",
@@ -47,11 +52,26 @@ def write_config(folder, **run):
             "validate_every": 25,
             "validation_windows": 16,
             "log_every": 50,
-        },
+        }
+        | (predictor or {}),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def train_workers(process):
+    """The Ray Train workers of the trainer's own cluster."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+
+
+def last_weights(folder):
+    """Of the last checkpoint of the predictor."""
+    run = folder / "runs/t/predictor"
+    last = json.loads((run / "checkpoints.json").read_text())["last"]
+    return load_file(run / last / "network/model.safetensors")
 
 
 @pytest.fixture
@@ -124,7 +144,6 @@ def test_interrupted_training_goes_on_and_ends_as_if_nothing_had_happened(tmp_pa
 
     # The same in one go, in the trainer's own process.
     straight = tmp_path / "straight"
-    straight.mkdir()
     finish(start(write_config(straight, num_workers=0, threads=1)))
     last = load_file(straight / "runs/t/predictor/step_0000300/network/model.safetensors")
     best = min(losses, key=lambda line: line["validation_loss"])["step"]
@@ -134,20 +153,138 @@ def test_interrupted_training_goes_on_and_ends_as_if_nothing_had_happened(tmp_pa
     assert all(torch.equal(last[name], tensor) for name, tensor in resumed_last.items())
 
 
+@pytest.mark.verify("V10")
 @pytest.mark.slow
-def test_two_workers_give_the_weights_of_one(tmp_path, start):
-    """gloo and DDP against a bare module: the same batches, the same gradients."""
-    made = []
-    for workers in (1, 2):
-        folder = tmp_path / str(workers)
-        folder.mkdir()
-        config = write_config(folder, num_workers=workers, threads=1)
-        few = ["predictor.phases.0.steps=20", "predictor.validate_every=20", "predictor.network.resid_dropout_p=0"]
-        # One tokenizer for both, so that only the predictor is compared: the tokenizer's entropy term is a statistic of
-        # each worker's own batch.
-        few += [] if workers == 1 else [f"predictor.tokenizer={made[0]}/tokenizer", "tokenizer=null"]
-        finish(start(config, *few))
-        made.append(folder / "out")
-    one, two = (load_file(folder / "model/model.safetensors") for folder in made)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(tmp_path, start, figure, workers):
+    """SIGKILL of one worker once; max_failures 1; against a run that nobody disturbed."""
+    config = write_config(tmp_path / "killed", num_workers=workers, threads=1, max_failures=1)
+    process = start(config)
+    run = tmp_path / "killed/runs/t/predictor"
+    wait_for(run / "step_0000075", process)
+    victims = train_workers(process)
+    assert len(victims) == workers
+    victims[-1].kill()
+    killed_at = int(max(path.name for path in run.glob("step_*"))[5:])
+    began = time.monotonic()
+    while int(max(path.name for path in run.glob("step_*"))[5:]) <= killed_at + 25:
+        assert process.poll() is None or process.returncode == 0
+        assert time.monotonic() - began < 120
+        time.sleep(0.1)
+    recovery = time.monotonic() - began
+    output = finish(process)
+    [resumed] = [
+        int(line.split("resumed at step ")[1].split(",")[0]) for line in output.splitlines() if "resumed" in line
+    ]
+    finish(start(write_config(tmp_path / "straight", num_workers=workers if workers > 1 else 0, threads=1)))
+    expected, found = last_weights(tmp_path / "straight"), last_weights(tmp_path / "killed")
+    same = all(torch.equal(expected[name], found[name]) for name in expected)
+    figure(
+        f"{workers} worker(s): resumed at {resumed} after a kill past {killed_at}, {recovery:.1f} s until a new "
+        f"checkpoint, weights equal: {same}",
+        "at most 25 steps again; True",
+    )
+    assert same
+    assert resumed >= killed_at
+
+
+@pytest.mark.verify("V11")
+@pytest.mark.slow
+def test_a_killed_driver_is_started_again(tmp_path, start, figure):
+    config = write_config(tmp_path / "killed", num_workers=1, threads=1)
+    process = start(config)
+    run = tmp_path / "killed/runs/t/predictor"
+    wait_for(run / "step_0000050", process)
+    process.kill()
+    process.communicate()
+    refused = start(config, "run.seed=3")
+    output, _ = refused.communicate()
+    assert refused.returncode == 2
+    assert "another run.seed: choose another run.name" in output
+    output = finish(start(config))
+    [resumed] = [
+        int(line.split("resumed at step ")[1].split(",")[0])
+        for line in output.splitlines()
+        if "predictor: " in line and "resumed" in line
+    ]
+    finish(start(write_config(tmp_path / "straight", num_workers=0, threads=1)))
+    expected, found = last_weights(tmp_path / "straight"), last_weights(tmp_path / "killed")
+    same = all(torch.equal(expected[name], found[name]) for name in expected)
+    figure(f"driver killed after step 50: resumed at {resumed}, weights equal: {same}; other seed refused", "True")
+    assert resumed >= 50
+    assert same
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_the_workers_and_the_same_command_resumes(tmp_path, start):
+    config = write_config(tmp_path / "ended", num_workers=2, threads=1)
+    process = start(config, "predictor.validate_every=100")
+    wait_for(tmp_path / "ended/runs/t/predictor/metrics.jsonl", process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output[-3000:]
+    assert "the same command goes on" in output
+    run = tmp_path / "ended/runs/t/predictor"
+    stopped = int(json.loads((run / "checkpoints.json").read_text())["last"][5:])
+    output = finish(start(config, "predictor.validate_every=100"))
+    assert f"resumed at step {stopped}," in output
+    finish(start(write_config(tmp_path / "straight", num_workers=2, threads=1), "predictor.validate_every=100"))
+    expected, found = last_weights(tmp_path / "straight"), last_weights(tmp_path / "ended")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def two_cpus():
+    """A cluster of two CPUs that this process is connected to."""
+    import ray
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(address="local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+FEW = {"phases": [{"steps": 20, "window": 32, "batch_size": 8}], "validate_every": 20}
+SMOOTH = {"d_model": 16, "n_heads": 2, "ff_dim": 32, "n_layers": 1}
+
+
+def run_here(folder, tokenizer=None, **training):
+    raw = yaml.safe_load(write_config(folder, FEW | {"network": SMOOTH}, **training).read_text())
+    if tokenizer is not None:
+        raw["tokenizer"], raw["predictor"]["tokenizer"] = None, str(tokenizer)
+    return train(parse_config(raw))
+
+
+@pytest.mark.slow
+def test_an_elastic_run_takes_what_there_is_and_gives_the_weights_of_one(tmp_path, two_cpus):
+    """[1, 8] on two CPUs: two workers, the same global batch. One tokenizer for both, so that only the predictor is
+    compared: the tokenizer's entropy term is a statistic of each worker's own batch.
+    """
+    alone = run_here(tmp_path / "one", num_workers=0, threads=1)
+    elastic = run_here(tmp_path / "elastic", alone["tokenizer"], num_workers=[1, 8], threads=1)
+    record = json.loads((tmp_path / "elastic/out/training.json").read_text())["stages"]["predictor"]
+    assert (record["workers"], record["batch_sizes"]) == (2, [8])
+    one, other = (load_file(made["predictor"] / "model.safetensors") for made in (alone, elastic))
     for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_absent_gpu_is_on_record_or_an_error_and_never_a_wait(tmp_path, two_cpus, caplog):
+    run_here(tmp_path / "cuda", device="cuda", num_workers=1)
+    [warning] = json.loads((tmp_path / "cuda/out/training.json").read_text())["warnings"]
+    assert "the cluster has 0 GPUs for 1 worker" in warning
+    assert warning in caplog.text
+    with pytest.raises(InputError, match="there is no GPU"):
+        run_here(tmp_path / "required", device="cuda", require_gpu=True, num_workers=1)
+    with pytest.raises(InputError, match="need 4 CPUs and the cluster has 2"):
+        run_here(tmp_path / "many", num_workers=4)
+
+
+@pytest.mark.slow
+def test_a_mistake_in_a_worker_comes_back_as_itself(tmp_path, two_cpus):
+    """Not as a failure of Ray's, and not after max_failures tries."""
+    with pytest.raises(InputError, match="no window of 500 bars"):
+        raw = yaml.safe_load(write_config(tmp_path, num_workers=1).read_text())
+        raw["tokenizer"]["phases"][0]["window"] = 500
+        train(parse_config(raw))
