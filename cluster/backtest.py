@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cluster.bars import READERS, SymbolBars, bars_from_frame
+from cluster.bars import SymbolBars, bars_from_frame, find_files, read_frame
 from cluster.charts import line_chart
 from cluster.ledger import Ledger, Prices, Rules, SymbolPrices, run_ledger
-from cluster.walk_forward import matching_files
 from model.errors import InputError, KronosError
 from model.frames import time_index
 
@@ -70,24 +69,13 @@ def _shown(value: float | None) -> str:
     return "–" if value is None else f"{value:.6g}"
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """A CSV or Parquet file. Raises InputError for one that cannot be read."""
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise InputError(f"{path}: {path.suffix!r} is not read here: give {', '.join(READERS)}", code="unknown_format")
-    try:
-        return reader(path)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read: {error}", code="unreadable_file") from error
-
-
 def read_prices(
     paths: Sequence[str | Path], *, time_column: str = "timestamps", symbol_column: str = "symbol"
 ) -> list[SymbolPrices]:
     """open and close of every symbol, in float64. Raises InputError as cluster.bars does."""
     found: dict[str, SymbolPrices] = {}
-    for file in matching_files(paths):
-        frame = read_table(file)
+    for file in find_files(paths):
+        frame = read_frame(file)
         if {"open", "close"} <= set(frame.columns):
             # Only these two are traded at; what checks candles wants the others as well.
             frame = frame.assign(**{n: frame["close"] for n in ("high", "low") if n not in frame.columns})
@@ -113,7 +101,7 @@ def prices_of(series: Sequence[SymbolBars]) -> list[SymbolPrices]:
 
 def read_signals(path: Path, *, time_column: str = "timestamps", symbol_column: str = "symbol") -> pd.DataFrame:
     """symbol, timestamps, signal of a CSV or Parquet file. Raises InputError for a column that is missing or wrong."""
-    frame = read_table(path)
+    frame = read_frame(path)
     for column in (symbol_column, time_column, "signal"):
         if column not in frame.columns:
             raise InputError(
@@ -222,7 +210,7 @@ def _last_bars(prices: Prices) -> list[np.datetime64]:
 def _universe_returns(prices: Prices, first: int) -> np.ndarray:
     """[n]: mean return of the symbols that have a bar, close to close; at the first bar open to close."""
     closes = pd.DataFrame(prices.closes)
-    before = closes.ffill().shift().to_numpy()[first:]
+    before = closes.ffill().shift().to_numpy(copy=True)[first:]
     before[0] = prices.opens[first]
     with np.errstate(invalid="ignore"):
         returns = prices.closes[first:] / before - 1
@@ -367,8 +355,8 @@ def _benchmark(options: argparse.Namespace, symbols: set[str]) -> tuple[str, pd.
     if name is None or name in symbols:
         return name
     parts = []
-    for file in matching_files(options.prices):
-        frame = read_table(file)
+    for file in find_files(options.prices):
+        frame = read_frame(file)
         if name in frame.columns:
             index = pd.DatetimeIndex(pd.to_datetime(frame[options.time_column], format="ISO8601"))
             index = index.tz_convert("UTC").tz_localize(None) if index.tz is not None else index

@@ -1,6 +1,7 @@
 """The trainer's configuration: one YAML file, checked key by key before anything starts.
 
-Top-level keys: run, data, tokenizer, predictor. The last two are stages, run in that order; leave one out to skip it.
+Top-level keys: run, data, logging, tokenizer, predictor. The last two are stages, run in that order; leave one out to
+skip it.
 """
 
 from __future__ import annotations
@@ -8,56 +9,17 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from cluster.data_config import DataConfig, Strict
 from model.errors import InputError
 
-
-class Strict(BaseModel):
-    """Unknown keys are errors; values do not change after the check."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SimulatedSource(Strict):
-    """Series of cluster.simulate."""
-
-    kind: Literal["simulated"]
-    seed: int = 0
-    series: int = Field(default=200, ge=1)
-    bars: int = Field(default=1000, ge=2, description="bars a series")
-    bar_minutes: tuple[int, ...] = (1, 5, 15, 30, 60, 240, 1440)
-    validation_seed: int = 1
-    validation_series: int = Field(default=20, ge=1)
-
-    @model_validator(mode="after")
-    def _held_out(self) -> SimulatedSource:
-        if self.seed == self.validation_seed:
-            raise ValueError("validation_seed must differ from seed: else validation repeats the training series")
-        return self
-
-
-class FileSource(Strict):
-    """A CSV or Parquet file, or a folder of them, split at moments that hold for all symbols."""
-
-    kind: Literal["file"]
-    path: Path
-    time_column: str = "timestamps"
-    symbol_column: str = "symbol"
-    validation_from: datetime = Field(description="first moment of validation; UTC if the file has time zones")
-    test_from: datetime | None = Field(default=None, description="first moment that training never touches")
-
-
-class DataConfig(Strict):
-    source: Annotated[SimulatedSource | FileSource, Discriminator("kind")]
-    stride: int = Field(default=1, ge=1, description="bars between the starts of neighbouring windows")
-    clip: float = Field(default=5.0, gt=0)
-    min_context_share: float = Field(default=0.25, gt=0, lt=1, description="shortest context as a share of the window")
+SOURCE_KINDS = ("simulated", "file", "qlib")
+"""Values of data.source.kind. pydantic puts them into the path of a fault, although the file has no such key."""
 
 
 class TokenizerShape(Strict):
@@ -169,9 +131,21 @@ class RunConfig(Strict):
     keep_checkpoints: int = Field(default=2, ge=1)
 
 
+class LoggingConfig(Strict):
+    """Where metrics go beside metrics.jsonl in the run's folder, which is always written."""
+
+    loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        default=(), description="each needs the extra of its name: pip install 'kronos-ray-serve[tensorboard]'"
+    )
+    project: str = Field(default="kronos", min_length=1, description="MLflow's experiment, W&B's project")
+    mlflow_uri: str | None = Field(default=None, description="tracking server; default: mlruns/ in the run's folder")
+    wandb_mode: Literal["offline", "online"] = "offline"
+
+
 class TrainConfig(Strict):
     run: RunConfig
     data: DataConfig
+    logging: LoggingConfig = LoggingConfig()
     tokenizer: TokenizerStage | None = None
     predictor: PredictorStage | None = None
 
@@ -235,8 +209,7 @@ def parse_config(raw: dict[str, Any]) -> TrainConfig:
 
 
 def _describe(raw: dict[str, Any], fault: Any) -> str:
-    # The discriminator's tag ("simulated") is in pydantic's path but not in the file.
-    path = [part for part in fault["loc"] if part not in ("simulated", "file")]
+    path = [part for part in fault["loc"] if part not in SOURCE_KINDS]
     name = ".".join(str(part) for part in path) or "the file"
     if fault["type"] != "extra_forbidden":
         return f"{name}: {fault['msg'].removeprefix('Value error, ')}"
@@ -254,7 +227,7 @@ def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
         choices = _models_in(field.annotation)
         if not choices:
             return []
-        tag = next((p for p in path if p in ("simulated", "file")), None)
+        tag = next((p for p in path if p in SOURCE_KINDS), None)
         tagged = [m for m in choices if "kind" in m.model_fields and tag in get_args(m.model_fields["kind"].annotation)]
         model = (tagged or choices)[0]
     return list(model.model_fields)

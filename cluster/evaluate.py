@@ -92,7 +92,6 @@ def evaluate(
         checkpoint = load_checkpoint(one.source)
         models[name] = {
             "name": one.source.id,
-            "source": one.source.model if one.source.model in ("bundled", checkpoint.source.id) else one.source.id,
             "sha256": checkpoint.sha256,
             "revision": checkpoint.revision,
             "parameters": checkpoint.parameters,
@@ -147,11 +146,11 @@ def evaluate(
         "verdict": verdict,
         "verdict_line": report.verdict_line(verdict, comparisons),
         "leakage": {"inputs": inputs, "shuffled": shuffled},
-        "calibration": None if calibration is None and "calibrated" not in scored else _coverages(metrics),
+        "calibration": _coverages(metrics) if "calibrated" in metrics else None,
         "workers": workers,
         "seconds": round(time.monotonic() - began, 1),
     }
-    return Evaluation(summary, windows, truth, scored)
+    return Evaluation(summary, windows, truth, _ordered(scored))
 
 
 def _truth(windows: Sequence[Window], setting: WalkForward) -> Truth:
@@ -367,7 +366,7 @@ def _run(options: argparse.Namespace) -> None:
     rules = backtest.rules_of(options) if options.top_k is not None else None
     series = read_series(options.data, time_column=options.time_column, symbol_column=options.symbol_column)
     choice = ModelChoice(options.model, options.tokenizer, options.device, options.threads)
-    parent = ModelChoice(options.parent, options.tokenizer, options.device, options.threads) if options.parent else None
+    parent = ModelChoice(options.parent, None, options.device, options.threads) if options.parent else None
     found = evaluate(
         choice,
         series,

@@ -218,7 +218,7 @@ class Table:
         transform: None for Pearson's, ranks for Spearman's.
         """
         change = transform or (lambda column: column)
-        groups = [np.flatnonzero(self.truth.origin == o) for o in range(self.origins)]
+        groups = np.split(np.arange(len(predicted)), np.flatnonzero(np.diff(self.truth.origin)) + 1)
         crowded = [rows for rows in groups if len(rows) >= CROSS_SECTION]
         if len(crowded) >= 4:
             values = np.array([correlation(change(predicted[rows]), change(returns[rows])) for rows in crowded])

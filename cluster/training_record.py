@@ -25,10 +25,13 @@ def training_period(bundle: Path) -> TrainingPeriod | None:
     if not path.is_file():
         return None
     try:
-        source = json.loads(path.read_text(encoding="utf-8"))["config"]["data"]["source"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        source = record["config"]["data"]["source"]
         if source["kind"] == "simulated":
             return None
-        return TrainingPeriod(*(_moment(source.get(key)) for key in ("validation_from", "test_from")))
+        # Where the splits are configured as shares, the record of the data holds the moments that they came to.
+        known = {**source, **{name: value for name, value in (record.get("data") or {}).items() if value is not None}}
+        return TrainingPeriod(*(_moment(known.get(key)) for key in ("validation_from", "test_from")))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a record of cluster.train: {error!r}", code="bad_record") from error
 

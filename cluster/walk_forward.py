@@ -6,7 +6,6 @@ the windows that share the engine's steps are the same ones whoever computes the
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 from collections import Counter, defaultdict
@@ -20,7 +19,7 @@ import numpy as np
 import ray
 import torch
 
-from cluster.bars import READERS, SymbolBars, invalid_candles, read_bars
+from cluster.bars import SymbolBars, invalid_candles, read_bars
 from model.calibration import usual_bar_seconds
 from model.device import resolve_device
 from model.engine.types import Request, WindowPolicy
@@ -100,42 +99,16 @@ class Windows:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
-def matching_files(paths: Sequence[str | Path]) -> list[Path]:
-    """Files, those of folders, and those that globs match. Raises InputError for what is not there."""
-    found: list[Path] = []
-    for given in paths:
-        matched = sorted(glob.glob(str(given), recursive=True)) if glob.has_magic(str(given)) else [str(given)]
-        if not matched:
-            raise InputError(f"no file matches {str(given)!r}: check the pattern and quote it", code="no_such_file")
-        for path in map(Path, matched):
-            if path.is_dir():
-                found += sorted(file for file in path.iterdir() if file.suffix.lower() in READERS)
-            else:
-                found.append(path)
-    if not found:
-        raise InputError(f"{', '.join(map(str, paths))} holds no {' or '.join(READERS)} file", code="no_rows")
-    return found
-
-
 def read_series(
     paths: Sequence[str | Path], *, time_column: str = "timestamps", symbol_column: str = "symbol"
 ) -> list[SymbolBars]:
-    """The symbols of several files, folders or globs. Raises InputError as read_bars does."""
-    found: dict[str, SymbolBars] = {}
-    for file in matching_files(paths):
-        try:
-            series = read_bars(file, time_column=time_column, symbol_column=symbol_column)
-        except InputError as error:
-            option = " (--time-column)" if error.column == time_column else ""
-            raise InputError(f"{error}{option}", code=error.code, column=error.column, row=error.row) from error
-        for bars in series:
-            if bars.symbol in found:
-                raise InputError(
-                    f"{file}: symbol {bars.symbol!r} was read from another file already: keep a symbol in one file",
-                    code="duplicate_symbol",
-                )
-            found[bars.symbol] = bars
-    return list(found.values())
+    """cluster.bars.read_bars for command lines: what it says of a column names the option too."""
+    try:
+        return read_bars(paths, time_column=time_column, symbol_column=symbol_column)
+    except InputError as error:
+        if error.code != "missing_column" or error.column != time_column:
+            raise
+        raise InputError(f"{error} (--time-column)", code=error.code, column=error.column) from error
 
 
 def season_length(bars: SymbolBars) -> int:
@@ -239,8 +212,14 @@ def make_predictor(choice: ModelChoice) -> tuple[Checkpoint, KronosPredictor]:
     """Raises CheckpointError. torch's threads are set for the process, because rounding depends on them."""
     torch.set_num_threads(choice.threads)
     checkpoint = load_checkpoint(choice.source)
+    device = resolve_device(choice.device)[0]
     predictor = KronosPredictor(
-        checkpoint.model, checkpoint.tokenizer, choice.device, checkpoint.source.max_context, cache_bytes=2**30
+        checkpoint.model,
+        checkpoint.tokenizer,
+        device,
+        checkpoint.source.max_context,
+        # Several workers share the memory of a CPU, while a GPU is one's own.
+        cache_bytes=2**30 if device.type == "cpu" else None,
     )
     return checkpoint, predictor
 
