@@ -66,7 +66,7 @@ def shuffled_labels(table: Table, predicted: np.ndarray, *, seed: int = 0) -> di
         "bound": float(bound),
         "n": len(predicted),
         "kind": kind,
-        "passed": value is None or abs(value) < bound,
+        "passed": value is None or abs(value) < float(bound),
     }
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import ray
 
 from cluster.simulate import simulate
 from cluster.walk_forward import ModelChoice, WalkForward, forecast_all, pick_windows
@@ -14,6 +15,14 @@ def choice(tmp_path_factory, golden):
     for part in ("model", "tokenizer"):
         (folder / part).symlink_to(golden / part)
     return ModelChoice(str(folder), device="cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster():
+    """One for all tests: forecasts join the cluster that this process is connected to."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
 SETTING = WalkForward(history=40, horizon=6, samples=32, every=6, seed=3)
