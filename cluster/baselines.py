@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from cluster.scores import Normal, Point, Predictive
 from model.errors import InputError
@@ -96,7 +97,8 @@ def ets(close: np.ndarray, horizon: int) -> Normal:
     """Exponential smoothing with an additive damped trend. Needs the extra `baselines`."""
     from statsmodels.tsa.exponential_smoothing.ets import ETSModel
 
-    model: Any = ETSModel(np.asarray(close, dtype=np.float64), error="add", trend="add", damped_trend=True)
+    # Its intervals want an index.
+    model: Any = ETSModel(pd.Series(np.asarray(close, dtype=np.float64)), error="add", trend="add", damped_trend=True)
     with warnings.catch_warnings():
         # A fit that stops at its iteration limit is still this baseline's best; its score shows how good it is.
         warnings.simplefilter("ignore")
