@@ -7,13 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cluster import calibration
 from cluster import evaluate as command
 from cluster.bars import SymbolBars, bars_from_frame, frame_from_bars
 from cluster.evaluate import evaluate
 from cluster.leakage import alarms, future_in_inputs, shuffled_labels
 from cluster.metrics import Table
 from cluster.walk_forward import ModelChoice, WalkForward, pick_windows, read_series
-from model.calibration import CALIBRATION_FILE
+from model.calibration import CALIBRATION_FILE, load_calibration
 from model.errors import InputError
 from model.registry import CheckpointSource, load_checkpoint
 
@@ -273,6 +274,39 @@ def test_the_command_names_what_is_wrong(tmp_path, bundle, capsys, frame, more, 
     assert said.startswith("error: ")
     assert re.search(message, said)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_is_calibrated_on_the_bars_that_are_named(tmp_path, golden, capsys):
+    """fit → calibration.json in the bundle → an evaluation that reports both coverages."""
+    for part in ("model", "tokenizer"):
+        (tmp_path / "bundle" / part).parent.mkdir(exist_ok=True)
+        (tmp_path / "bundle" / part).symlink_to(golden / part)
+    frame_from_bars(random_walks(3, 190)).to_csv(tmp_path / "bars.csv", index=False)
+    given = arguments(tmp_path / "bundle", tmp_path / "bars.csv", tmp_path / "out")
+    fit = [part for part in given if part not in ("--out", str(tmp_path / "out"))]
+    assert calibration.main(["fit", *fit, "--to", "2024-07-06", "--method", "conformal"]) == 0
+    said = capsys.readouterr()
+    assert "pooled: 39 forecasts, raw coverage 50%" in said.out
+    sha256 = load_checkpoint(CheckpointSource("x", str(tmp_path / "bundle"))).sha256
+    fitted = load_calibration(tmp_path / "bundle", sha256)
+    assert {entry.name for entry in fitted.entries} == {"pooled", "bar_size"}  # too few for symbols of their own
+    assert fitted.fitted_on["symbols"] == ["S0", "S1", "S2"]
+    assert fitted.fitted_on["to"] < "2024-07-06"
+    assert command.main([*given, "--from", "2024-07-06"]) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert set(report["calibration"]) == {"raw_coverage", "calibrated_coverage"}
+    assert "calibrated" in report["metrics"]
+    assert calibration.main(["fit", *fit, "--from", "2024-07-07"]) == 2
+    assert "are too few to calibrate on" in capsys.readouterr().err
+
+
+def test_a_model_card_is_still_measured(tmp_path, bundle, capsys):
+    numbers = tmp_path / "numbers.json"
+    small = ["--windows", "2", "--history", "40", "--horizon", "4", "--samples", "3", "--device", "cpu"]
+    assert command.main(["--bundle", str(bundle), "--scores", str(numbers), *small]) == 0
+    found = json.loads(numbers.read_text())
+    assert [one["name"] for one in found["sets"]] == ["simulated, held out"]
+    assert found["sets"][0]["windows"] == 2
 
 
 def test_missing_files_are_named(tmp_path, capsys):
