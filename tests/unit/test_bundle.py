@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.baselines import random_walk
 from cluster.config import load_config, parse_config
-from cluster.scores import random_walk
 from model import Kronos, KronosPredictor, KronosTokenizer
 from model.frames import candle_array, time_marks
 from model.types import Sampling, Series
@@ -45,6 +45,6 @@ def test_a_forecast_of_real_candles_stays_where_a_random_walk_would(bundled, bar
     assert values.shape == (20, 48, 6)
     assert np.isfinite(values).all()
     walk = random_walk(history["close"].to_numpy(), 48)
-    surprise = (values[:, :, 3] - walk.mean) / walk.std
+    surprise = (values[:, :, 3] - walk.centre) / walk.std
     assert np.abs(surprise[:, -1]).max() < 6
     assert 0.4 < surprise[:, -1].std() < 2  # neither a point nor a fog

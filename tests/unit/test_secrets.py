@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.config import TrainConfig, parse_config
+from cluster.config import parse_config
 from model.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -29,8 +29,7 @@ def write_config(folder):
         },
     }
     config["data"]["source"]["validation_seed"] = 2
-    where = "training" if "training" in TrainConfig.model_fields else "run"
-    config.setdefault(where, {}).update({"num_workers": 0, "device": "cpu"})
+    config["training"] = {"num_workers": 0, "device": "cpu"}
     (folder / "finetune.yaml").write_text(yaml.safe_dump(config))
     return folder / "finetune.yaml", config
 
