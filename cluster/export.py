@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from cluster.bundle import (
-    CALIBRATION_FILE,
     CARD_FILE,
     REPORT_FILE,
     check_name,
@@ -36,6 +36,7 @@ from cluster.data import describe_splits
 from cluster.data_config import DataConfig
 from cluster.redact import redact
 from cluster.sources import describe_source
+from model.calibration import CALIBRATION_FILE
 from model.checkpoint import resolve_folder
 from model.errors import CheckpointError, InputError, KronosError
 from model.registry import Checkpoint
@@ -77,7 +78,8 @@ def export(
         for file, given in ((REPORT_FILE, report), (CALIBRATION_FILE, calibration)):
             source = given or run_output / file
             if given is not None or source.is_file():
-                write_json(folder / file, read_json(source))
+                read_json(source)
+                shutil.copyfile(source, folder / file)
         numbers = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else None
         if numbers is not None:
             require_same_weights(numbers, sha256)
@@ -143,7 +145,10 @@ def _data_of(training: dict[str, Any]) -> dict[str, Any] | None:
         return known
     try:
         config = DataConfig.model_validate(raw)
-        return (known or describe_source(config.source) | {"hashed": "at export"}) | describe_splits(config)
+        now = describe_source(config.source)
+        if known is not None and known["sha256"] != now["sha256"]:
+            raise InputError("its files have changed since", code="changed")
+        return now | {"hashed": "at export"} | (known or {}) | describe_splits(config)
     except (InputError, ValidationError, OSError) as error:
         logger.warning("the data of the run cannot be read any more, its description is shorter: %s", error)
         return known

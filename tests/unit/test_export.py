@@ -145,12 +145,31 @@ def test_a_bundle_is_complete_and_the_server_finds_it(run_output, parent, tmp_pa
     assert "Not evaluated" in card
 
 
+def calibration_of(sha256):
+    entry = {"symbol": None, "bar_seconds": None, "n": 50, "first_bars": [1], "factors": [1.25]}
+    fitted = {"from": "2024-01-01", "to": "2024-02-01", "horizon": 12}
+    return {
+        "version": 1,
+        "method": "scale",
+        "model_sha256": sha256,
+        "fitted_on": fitted | {"sampling": {"temperature": 1.0, "top_k": 0, "top_p": 1.0}},
+        "entries": [entry | {"raw_coverage": {"0.8": 0.6}, "calibrated_coverage": {"0.8": 0.8}}],
+    }
+
+
+def test_a_calibration_of_other_weights_is_not_taken_along(run_output, tmp_path):
+    save(calibration_of("0" * 64), run_output / "calibration.json")
+    with pytest.raises(CheckpointMismatchError, match="fitted for other weights"):
+        export(run_output, tmp_path / "models" / "mine")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
 def test_report_and_calibration_go_along_and_are_in_the_manifest(run_output, bundle, tmp_path):
     save(report_of(bundle), run_output / "report.json")
-    save({"model": "scale"}, tmp_path / "elsewhere.json")
-    calibration = tmp_path / "elsewhere.json"
+    calibration = calibration_of(report_of(bundle)["model"]["sha256"])
+    save(calibration, tmp_path / "elsewhere.json")
     made = tmp_path / "candidates" / "second"
-    export(run_output, made, name="Second", calibration=calibration)
+    export(run_output, made, name="Second", calibration=tmp_path / "elsewhere.json")
     manifest = (made / "SHA256SUMS").read_text()
     assert "report.json" in manifest
     assert "calibration.json" in manifest
