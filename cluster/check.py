@@ -20,9 +20,8 @@ from pydantic import ValidationError
 from cluster.bars import SymbolBars, find_files, read_frame
 from cluster.check_report import DataReport, as_markdown, as_text
 from cluster.check_series import CheckOptions, SeriesCheck
-from cluster.data import SplitBars, WindowSet, boundaries, split_by_time
-from cluster.data_config import TimeSplit
-from cluster.filters import WindowRules
+from cluster.data import SplitBars, WindowSet, boundaries, split_by_time, window_rules
+from cluster.data_config import BarFilter, TimeSplit
 from cluster.lenient import FAULT, WARNING, Finding, Lenient, RawSeries
 from model.errors import InputError, KronosError
 
@@ -107,16 +106,20 @@ def _count_windows(series: list[SymbolBars], options: CheckOptions, report: Data
         report.findings.append(Finding(FAULT, error.code, str(error), "give more bars, or move the boundaries"))
         return
     for name, split in splits.items():
-        counts = np.zeros(len(series), dtype=np.int64)
+        counts, refused = np.zeros(len(series), dtype=np.int64), dict[str, int]()
         try:
-            ruled = replace(split, rules=WindowRules(options.max_gap_bars))
+            ruled = replace(
+                split,
+                rules=window_rules(options.max_gap_bars, options.filter, "train" if options.split is None else name),
+            )
             windows = WindowSet(ruled, options.window, stride=options.stride, min_context=2)
+            refused = windows.refused
             counts = np.bincount(windows.owner, minlength=len(series))
         except InputError as error:
             report.findings.append(Finding(FAULT, error.code, str(error), "see above", column="window"))
         total = int(counts.sum())
         begins = None if split.begins is None else str(pd.Timestamp(split.begins))
-        report.splits[name] = {"begins": begins, "windows": total, "embargo_bars": split.embargo_bars}
+        report.splits[name] = {"begins": begins, "windows": total, "left_out": refused}
         report.memory_bytes += WINDOW_BYTES * total
         by_symbol = {bars.symbol: int(count) for bars, count in zip(series, counts, strict=True)}
         for symbol in report.symbols:
@@ -159,7 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--test-share", type=float, metavar="SHARE", help="the last share of the bar times")
     add("--embargo-bars", type=int, default=0, metavar="N", help="bars after each boundary that nobody scores")
     add("--max-gap-bars", type=int, metavar="N", help="as data.max_gap_bars: gaps are then warnings, not faults")
-    add("--jump-sigmas", type=float, default=20.0, metavar="K", help="what counts as a jump; default: %(default)s")
+    add("--filter", action="store_true", help="as data.filter: {}, count train windows without illiquid and such bars")
+    add("--jump-sigmas", type=float, default=10.0, metavar="K", help="what counts as a jump; default: %(default)s")
     add("--stagnant-bars", type=int, default=20, metavar="N", help="shortest run of one close; default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="write everything, all rows included, as JSON")
     add("--markdown", type=Path, metavar="FILE", help="write the report as Markdown")
@@ -196,7 +200,7 @@ def _options(given: argparse.Namespace) -> CheckOptions:
         raise InputError("; ".join(f["msg"].removeprefix("Value error, ") for f in error.errors())) from None
     if given.bar is not None:
         bar = pd.Timedelta(given.bar)  # a ValueError says what it did not understand
-        if not bar > pd.Timedelta(0):
+        if not bar > pd.Timedelta(0) or given.bar.replace(".", "").isdigit():
             raise InputError(f"--bar {given.bar!r} must be a length of time such as 5min", code="bad_size")
     for name, least in (("window", 3), ("stride", 1), ("max_gap_bars", 0), ("stagnant_bars", 2), ("jump_sigmas", 0)):
         if (value := getattr(given, name)) is not None and value < least:
@@ -209,6 +213,7 @@ def _options(given: argparse.Namespace) -> CheckOptions:
         given.stride,
         split,
         given.max_gap_bars,
+        BarFilter() if given.filter else None,
         given.jump_sigmas,
         given.stagnant_bars,
     )

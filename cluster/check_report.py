@@ -16,7 +16,10 @@ HEAD += ["no-volume", "stagnant", "windows"]
 
 @dataclass
 class DataReport:
-    """unreadable: files that could not be opened at all. splits: name → where it begins and its windows."""
+    """unreadable: files that could not be opened at all.
+
+    splits: name → where it begins, its windows, and those that rules left out.
+    """
 
     files: list[str] = field(default_factory=list)
     symbols: list[SymbolReport] = field(default_factory=list)
@@ -128,7 +131,8 @@ def _sums(report: DataReport) -> list[str]:
     ]
     for name, split in report.splits.items():
         since = f" from {split['begins']}" if split["begins"] else ""
-        lines.append(f"{name}{since}: {split['windows']:,} windows")
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in split["left_out"].items())
+        lines.append(f"{name}{since}: {split['windows']:,} windows" + (f"; left out: {left_out}" if left_out else ""))
     memory = f"memory: {totals['memory_bytes'] / 1e6:,.1f} MB in every worker"
     return [*lines, memory + (" (data.source.cache shares it)" if totals["memory_bytes"] > 100e6 else "")]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from cluster.bars import SymbolBars, invalid_candles
-from cluster.data_config import TimeSplit
+from cluster.data_config import BarFilter, TimeSplit
 from cluster.filters import jumps, stagnant
 from cluster.gaps import Gaps, Step, find_gaps
 from cluster.lenient import FAULT, WARNING, Finding, RawSeries
@@ -16,6 +16,8 @@ from model.frames import time_marks
 from model.types import COLUMNS
 
 CLOSE, VOLUME = 3, 4
+FEWEST_MOVES = 20
+"""Moves over pauses that are enough to tell how large these usually are."""
 GAPS_LISTED = 20
 """Gaps of a symbol that get a finding each; the rest share one."""
 
@@ -26,6 +28,7 @@ class CheckOptions:
 
     max_gap_bars: as data.max_gap_bars; gaps are warnings if it is given, because then training knows what to do with
     them, and faults if not.
+    filter: as data.filter.
     jump_sigmas: a move is a jump if it is larger than so many robust standard deviations (1.4826 × the median absolute
     deviation) of the symbol's own moves. stagnant_bars: shortest run of one close that is reported.
     window, stride, split: how windows are counted; without a window they are not, without a split as one.
@@ -38,7 +41,8 @@ class CheckOptions:
     stride: int = 1
     split: TimeSplit | None = None
     max_gap_bars: int | None = None
-    jump_sigmas: float = 20.0
+    filter: BarFilter | None = None
+    jump_sigmas: float = 10.0
     stagnant_bars: int = 20
 
 
@@ -205,22 +209,32 @@ class SeriesCheck:
         candles = values.astype(np.float32)
         self.usable = SymbolBars(self.raw.symbol, times, candles, time_marks(pd.DatetimeIndex(times)), self.raw.zone)
         self.report.memory_bytes = sum(a.nbytes for a in (times, candles, self.usable.marks))
-        moves = jumps(values)
-        sigma = _robust_sigma(values[:, CLOSE])
-        if sigma > 0:
-            far = np.flatnonzero(np.isfinite(moves) & (moves > self.options.jump_sigmas * sigma))
-            largest = moves[far].max(initial=0.0)
-            text = (
-                f"moves of more than {self.options.jump_sigmas:g} robust sigma ({sigma:.2%} a bar); the largest is "
-                f"{np.expm1(largest):.1%}, {largest / sigma:.0f} sigma"
-            )
-            remedy = "adjust splits and dividends, correct typing errors; data.filter.jump leaves the windows out"
-            self.report.jumps = self._add(WARNING, "jump", text, remedy, usable[far])
+        self._check_jumps(values, times, usable)
         still = np.flatnonzero(stagnant(values, self.options.stagnant_bars))
         text = f"the close stays the same for {self.options.stagnant_bars} bars or more"
         remedy = "was it suspended, or the feed stuck? data.filter.stagnant_bars leaves the windows out"
         self.report.stagnant_bars = self._add(WARNING, "stagnant", text, remedy, usable[still], "close")
         self._check_volume(values, usable)
+
+    def _check_jumps(self, values: np.ndarray, times: np.ndarray, usable: np.ndarray) -> None:
+        """A night moves a price further than a bar does: moves over pauses are measured by their own spread."""
+        moves = jumps(values)
+        seconds = np.diff(times) / np.timedelta64(1, "s")
+        paused = np.concatenate([[False], seconds > 1.5 * (self.report.bar_seconds or np.inf)])
+        sigma = np.full(len(moves), _robust_sigma(values[:, CLOSE], ~paused))
+        if paused.sum() >= FEWEST_MOVES:
+            sigma[paused] = max(sigma[0], _robust_sigma(values[:, CLOSE], paused))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            sizes = np.where(np.isfinite(moves) & (sigma > 0), moves / sigma, 0.0)
+        far = np.flatnonzero(sizes > self.options.jump_sigmas)
+        if len(far):
+            worst = far[np.argmax(sizes[far])]
+            text = (
+                f"moves of more than {self.options.jump_sigmas:g} robust sigma; the largest, row "
+                f"{self.raw.rows[usable[worst]]}, is {np.expm1(moves[worst]):.1%}, {sizes[worst]:.0f} sigma"
+            )
+            remedy = "adjust splits and dividends, correct typing errors; data.filter.jump leaves the windows out"
+            self.report.jumps = self._add(WARNING, "jump", text, remedy, usable[far])
 
     def _check_volume(self, values: np.ndarray, usable: np.ndarray) -> None:
         if "volume" not in self.raw.columns:
@@ -251,10 +265,11 @@ def _shown(time: np.datetime64) -> str:
     return str(pd.Timestamp(time))
 
 
-def _robust_sigma(close: np.ndarray) -> float:
-    """1.4826 × median |move − median| of the log moves of positive closes; of those that move, if most do not."""
-    positive = close[close > 0]
-    moves = np.diff(np.log(positive))
+def _robust_sigma(close: np.ndarray, chosen: np.ndarray) -> float:
+    """1.4826 × median |move − median| of the log moves to the chosen bars; of those that move, if most do not."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        moves = np.diff(np.log(close))[chosen[1:]]
+    moves = moves[np.isfinite(moves)]
     for sample in (moves, moves[moves != 0]):
         if len(sample) and (deviation := float(np.median(np.abs(sample - np.median(sample))))) > 0:
             return 1.4826 * deviation

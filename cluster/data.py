@@ -21,7 +21,7 @@ from itertools import pairwise
 import numpy as np
 
 from cluster.bars import SymbolBars
-from cluster.data_config import DataConfig, SimulatedSource, TimeSplit
+from cluster.data_config import BarFilter, DataConfig, SimulatedSource, TimeSplit
 from cluster.filters import WindowRules
 from cluster.simulate import simulate
 from cluster.sources import read_source
@@ -78,12 +78,16 @@ def load_splits(config: DataConfig) -> dict[str, SplitBars]:
         splits = split_by_time(
             series, boundaries(source, series), embargo_bars=source.embargo_bars, reach_back=source.reach_back
         )
-    return {name: replace(split, rules=_rules(config, name)) for name, split in splits.items()}
+    return {
+        name: replace(split, rules=window_rules(config.max_gap_bars, config.filter, name))
+        for name, split in splits.items()
+    }
 
 
-def _rules(config: DataConfig, split: str) -> WindowRules:
+def window_rules(max_gap_bars: int | None, bar_filter: BarFilter | None, split: str) -> WindowRules:
+    """The rules of one split."""
     # Only training may choose by what happens in a window: a score without the windows that went wild would flatter.
-    return WindowRules(config.max_gap_bars, config.filter if split == "train" else None)
+    return WindowRules(max_gap_bars, bar_filter if split == "train" else None)
 
 
 def boundaries(split: TimeSplit, series: Sequence[SymbolBars]) -> list[np.datetime64]:

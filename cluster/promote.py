@@ -6,6 +6,7 @@ python -m cluster.promote models/candidates/mine --report report.json --to model
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ from model.calibration import CALIBRATION_FILE
 from model.errors import InputError, KronosError
 from model.registry import Checkpoint
 
+logger = logging.getLogger(__name__)
+
 BASELINES = ("last_price", "drift", "historical_volatility", "seasonal_naive")
 METRIC = "crps"
 """The comparisons that count; a report may hold others."""
@@ -61,6 +64,8 @@ def promote(bundle: Path, report_path: Path, target: Path, *, force: str | None 
             f"{bundle} is not promoted: {'; '.join(faults)}. Or give --force and the reason in words",
             code="not_better",
         )
+    if faults:
+        logger.warning("%s is promoted by force: %s", bundle, "; ".join(faults))
     with new_folder(target, replace=True) as folder:
         copy_networks({part: bundle / part for part in NETWORKS}, folder)
         for name in (TRAINING_FILE, CALIBRATION_FILE):

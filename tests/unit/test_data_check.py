@@ -224,6 +224,35 @@ def test_gaps_are_warnings_once_training_is_told_what_to_do(tmp_path):
     assert report.splits["all"]["windows"] == 277 - 19
 
 
+def test_moves_over_nights_are_measured_by_nights(tmp_path):
+    """A night of 20 times a bar's move is a night; the same move inside a session is a jump."""
+    days = pd.bdate_range("2024-01-01", periods=60)
+    times = [t for day in days for t in pd.date_range(f"{day.date()} 09:30", f"{day.date()} 15:55", freq="5min")]
+    rng = np.random.default_rng(0)
+    moves = rng.normal(size=len(times)) * 0.001
+    moves[:: len(times) // 60] *= 20
+    frame = good(len(times)).assign(timestamps=times)
+    for inside in (0.0, 0.02):
+        moves[1000] += inside
+        close = 100 * np.exp(np.cumsum(moves))
+        opened = close * np.exp(-moves)
+        frame = frame.assign(open=opened, close=close, high=np.maximum(opened, close), low=np.minimum(opened, close))
+        report = check([write(frame, tmp_path / "A.csv")])
+        assert [f.rows for f in report.findings if f.code == "jump"] == ([[1000]] if inside else [])
+
+
+def test_windows_that_the_filter_leaves_out_are_counted(tmp_path, capsys):
+    frame = good(400)
+    frame.loc[100:129, "volume"] = 0.0
+    frame.loc[350:379, "volume"] = 0.0
+    path = write(frame, tmp_path / "A.csv")
+    status, printed = run(capsys, path, "--window", 20, "--filter", "--validation-share", 0.25)
+    assert status == 0
+    assert "train: 232 windows; left out: 0 jump, 49 illiquid, 0 stagnant" in printed.out
+    assert "100 windows\n" in printed.out  # validation is scored on all that happened
+    assert "left out: 0 jump, 98 illiquid" in run(capsys, path, "--window", 20, "--filter")[1].out
+
+
 def test_the_expected_bar_size(tmp_path, capsys):
     path = write(good(100), tmp_path / "A.csv")
     assert run(capsys, path, "--bar", "1h")[0] == 0
@@ -246,6 +275,7 @@ def test_real_candles_have_no_fault(candles_csv, capsys):
     [
         ["--window", "2"],
         ["--bar", "soon"],
+        ["--bar", "300"],
         ["--test-share", "0.2"],
         ["--validation-share", "0.6", "--test-share", "0.6"],
         ["--validation-share", "0.2", "--test-from", "2024-01-02"],
