@@ -38,7 +38,7 @@ class Step(IntEnum):
 class Gaps:
     """bar: the usual distance of two bars in nanoseconds; 0 for fewer than 2 bars.
 
-    share: of the steps that are not pauses, how many are exactly one bar long.
+    share: of the steps that are not pauses, how many are one bar long, give or take an eighth.
     steps: int8 [T], Step of each bar; the first is NEXT. missing: int64 [T], bars missing before each bar.
     closed_days: int64 [T], weekdays without a bar before each bar that count as holidays.
     """
@@ -77,7 +77,8 @@ def _find_gaps(times: bytes, bar: int | None) -> Gaps:
         for i in long.tolist():
             steps[i], missing[i], closed[i] = between(i)
     inside = (steps[1:] == Step.NEXT) | (steps[1:] == Step.GAP)
-    share = float((distance[inside] == bar).mean()) if inside.any() else 1.0
+    # Months differ in length, and bars that close late are still bars.
+    share = float((8 * np.abs(distance[inside] - bar) <= bar).mean()) if inside.any() else 1.0
     for array in (steps, missing, closed):
         array.flags.writeable = False  # several callers get it
     return Gaps(bar, share, steps, missing, closed)

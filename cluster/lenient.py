@@ -95,6 +95,8 @@ class Lenient:
         if len(nameless):
             text = f"{len(nameless)} rows have no {self.symbol_column}"
             self._fault("missing_symbol", text, "name the symbol of every bar", str(file), rows=nameless.tolist())
+        if len(nameless) == len(codes):
+            return
         order = np.argsort(codes, kind="stable")[len(nameless) :]
         counts = np.bincount(codes[codes >= 0], minlength=len(symbols))
         for symbol, rows in zip(symbols, np.split(order, np.cumsum(counts)[:-1]), strict=True):

@@ -196,6 +196,35 @@ def test_what_cannot_be_read_does_not_stop_the_rest(tmp_path, capsys):
     assert "duplicate_times" in printed.out
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_what_the_strict_reader_refuses_is_a_fault_here(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    frame = good(80, symbol="A").astype({"volume": float, "timestamps": object, "close": object, "symbol": object})
+    values = {
+        "timestamps": [pd.NaT, frame.loc[40, "timestamps"], "noon", "2024-01-02T00:00:00Z"],
+        "close": [np.nan, np.inf, 1e60, "abc"],
+        "volume": [np.nan, np.inf],
+        "symbol": [None],
+    }
+    for _ in range(rng.integers(1, 4)):
+        column = rng.choice(list(values))
+        frame.loc[rng.integers(80), column] = values[column][rng.integers(len(values[column]))]
+    path = write(frame, tmp_path / "bars.csv")
+    codes = {fault.code for fault in check([path]).of_level("fault")}
+    try:
+        read_bars(path)
+    except InputError as error:
+        assert error.code in codes
+    else:
+        assert codes <= {"gap"}
+
+
+def test_no_bar_has_a_symbol(tmp_path):
+    report = check([write(good(20, symbol=""), tmp_path / "bars.csv")])
+    assert len(found(report)["missing_symbol"].rows) == 20
+    assert report.symbols == []
+
+
 def test_a_symbol_in_two_files(tmp_path):
     report = check([write(good(60, symbol="X"), tmp_path / name) for name in ("a.csv", "b.csv")])
     assert found(report)["duplicate_symbol"].file.endswith("b.csv")
