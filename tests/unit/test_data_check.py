@@ -211,12 +211,12 @@ def test_what_the_strict_reader_refuses_is_a_fault_here(tmp_path, seed):
         frame.loc[rng.integers(80), column] = values[column][rng.integers(len(values[column]))]
     path = write(frame, tmp_path / "bars.csv")
     codes = {fault.code for fault in check([path]).of_level("fault")}
-    try:
+    if codes <= {"gap"}:
         read_bars(path)
-    except InputError as error:
-        assert error.code in codes
-    else:
-        assert codes <= {"gap"}
+        return
+    with pytest.raises(InputError) as caught:
+        read_bars(path)
+    assert caught.value.code in codes
 
 
 def test_no_bar_has_a_symbol(tmp_path):
