@@ -13,9 +13,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from cluster.data_config import DataConfig, Strict
+from cluster.redact import redact
 from model.errors import InputError
 
 SOURCE_KINDS = ("simulated", "file", "qlib")
@@ -221,8 +230,17 @@ class LoggingConfig(Strict):
         default=(), description="each needs the extra of its name: pip install 'kronos-ray-serve[tensorboard]'"
     )
     project: str = Field(default="kronos", min_length=1, description="MLflow's experiment, W&B's project")
-    mlflow_uri: str | None = Field(default=None, description="tracking server; default: mlruns/ in the run's folder")
+    mlflow_uri: str | None = Field(default=None, description="tracking server; default: mlflow.db in the run's folder")
     wandb_mode: Literal["offline", "online"] = "offline"
+
+    @field_validator("mlflow_uri")
+    @classmethod
+    def _without_password(cls, uri: str | None) -> str | None:
+        if uri is not None and redact(uri, {}) != uri:
+            raise ValueError(
+                "leave user and password out: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD say them"
+            )
+        return uri
 
 
 class TrainConfig(Strict):

@@ -112,7 +112,7 @@ def describe_splits(config: DataConfig) -> dict[str, str | None]:
         return {}
     moments = config.source.moments() or boundaries(config.source, read_source(config.source))
     names = ("validation_from", "test_from")
-    return {name: str(moments[i]) if i < len(moments) else None for i, name in enumerate(names)}
+    return {name: str(moments[i].astype("datetime64[s]")) if i < len(moments) else None for i, name in enumerate(names)}
 
 
 def split_by_time(

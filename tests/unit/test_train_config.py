@@ -119,7 +119,7 @@ def test_the_command_reports_faults_without_a_traceback(tmp_path, capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "cluster/configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configurations_are_valid_and_hold_out_the_scored_series(path):
-    from cluster.evaluate import HELD_OUT_SEED
+    from cluster.card_scores import HELD_OUT_SEED
 
     source = load_config(path).data.source
     assert source.kind != "simulated" or HELD_OUT_SEED not in (source.seed, source.validation_seed)
