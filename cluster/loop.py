@@ -60,7 +60,7 @@ def run_stage(settings: dict[str, Any], group: Group, report: Report) -> dict[st
         progress.begin()
         try:
             stopped = train_to_the_end(worker, checkpoints, progress, report, folder / STOP_FILE)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise too_large(worker, _rows_at_once(worker)) from error

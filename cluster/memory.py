@@ -77,7 +77,7 @@ def windows_that_fit(worker: Worker, phase: int, most: int) -> int:
     for size in sizes:
         try:
             _try(worker, phase, size)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             break
@@ -135,7 +135,7 @@ def free_memory() -> float:
 def is_out_of_memory(error: BaseException) -> bool:
     """PyTorch's CPU allocator raises a plain RuntimeError."""
     words = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def too_large(worker: Worker, rows: int) -> InputError:

@@ -86,7 +86,8 @@ class Worker:
     def _make_validation(self) -> tuple[WindowSet, list[tuple[np.ndarray, np.ndarray]]]:
         last = self.stage.phases[-1]
         windows = self.windows("validation", last.window)
-        rows = last.batch_size if isinstance(last.batch_size, int) else VALIDATION_ROWS
+        at_once = self.micro_batch_size or last.batch_size
+        rows = at_once if isinstance(at_once, int) else VALIDATION_ROWS
         return windows, fixed_subset(windows, self.stage.validation_windows, self.config.run.seed, rows)
 
     def _stream(self, step: int) -> tuple[WindowStream, int]:
@@ -138,6 +139,7 @@ class Worker:
         mine = self.task.weight(batch)
         total = self.group.sums(float(mine))[0]
         self.optimizer.zero_grad(set_to_none=True)
+        self.network.train()
         pieces = self._pieces(batch)
         means: dict[str, float] = {}
         for number, piece in enumerate(pieces):

@@ -92,6 +92,22 @@ def test_two_half_batches_give_the_gradient_of_the_whole(tokenizer_folder):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
+def test_a_validation_between_two_steps_changes_nothing(tokenizer_folder):
+    """Dropout is on in every step, off in every validation, and draws nothing that a step would."""
+    plain, checked = (
+        Worker(tiny_config("predictor", dropout=0.3), "predictor", tokenizer_folder, CPU) for _ in range(2)
+    )
+    for _ in range(5):
+        plain.train_step()
+        checked.validate()
+        checked.train_step()
+    assert torch.equal(weights(plain), weights(checked))
+    without = Worker(tiny_config("predictor"), "predictor", tokenizer_folder, CPU)
+    for _ in range(5):
+        without.train_step()
+    assert not torch.equal(weights(plain), weights(without))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_validation_cannot_see_the_future(tokenizer_folder, training):
     worker = Worker(tiny_config("predictor"), "predictor", tokenizer_folder, CPU)
