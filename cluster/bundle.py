@@ -10,6 +10,7 @@ README.md             the card; not listed, so that a word in it can be correcte
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -82,16 +83,27 @@ def new_folder(destination: Path, *, replace: bool) -> Iterator[Path]:
         for file in part.rglob("*"):
             if file.is_file():
                 _to_disk(file)
-        if destination.exists():
-            old = Path(temporary) / "old"
-            destination.rename(old)
-            try:
-                part.rename(destination)
-            except OSError:
-                old.rename(destination)
-                raise
-        else:
+        if not destination.exists():
             part.rename(destination)
+        elif not _exchange(part, destination):
+            _replace_in_two_steps(part, destination, Path(temporary) / "old")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step, so that a server finds the old bundle or the new one; False where Linux cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _replace_in_two_steps(new: Path, destination: Path, old: Path) -> None:
+    """For other systems: for an instant there is nothing at destination."""
+    destination.rename(old)
+    try:
+        new.rename(destination)
+    except OSError:
+        old.rename(destination)
+        raise
 
 
 def _to_disk(file: Path) -> None:

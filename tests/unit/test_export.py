@@ -3,12 +3,14 @@
 import json
 import shutil
 import subprocess
+import threading
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from cluster import bundle as bundle_module
 from cluster import export as export_module
 from cluster import promote as promote_module
 from cluster.bundle import pair_sha256, verify_bundle
@@ -237,7 +239,12 @@ def test_a_parent_that_is_gone_is_said_to_be_gone(run_output, parent, tmp_path):
     assert "the weights are gone" in (tmp_path / "models/mine/README.md").read_text()
 
 
-def test_what_is_there_is_replaced_only_on_request_and_only_by_something_whole(run_output, bundle):
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_what_is_there_is_replaced_only_on_request_and_only_by_something_whole(
+    run_output, bundle, monkeypatch, in_one_step
+):
+    if not in_one_step:
+        monkeypatch.setattr(bundle_module, "_exchange", lambda one, other: False)
     before = (bundle / "SHA256SUMS").read_bytes()
     with pytest.raises(InputError, match="--replace"):
         export(run_output, bundle)
@@ -250,6 +257,26 @@ def test_what_is_there_is_replaced_only_on_request_and_only_by_something_whole(r
     export(run_output, bundle, replace=True, name="Again")
     assert (bundle / "README.md").read_text().startswith("# Again")
     assert [path.name for path in bundle.parent.iterdir()] == ["mine"]
+
+
+def test_nobody_finds_nothing_while_a_bundle_is_replaced(run_output, bundle):
+    """As a server that looks all the time."""
+    missing, over = [], threading.Event()
+
+    def look():
+        while not over.is_set():
+            if find(bundle.parent, "mine") is None:
+                missing.append(True)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        for _ in range(3):
+            export(run_output, bundle, replace=True)
+    finally:
+        over.set()
+        watcher.join()
+    assert not missing
 
 
 @pytest.mark.parametrize("name", ["-x", ".hidden", "a b", "ä", "x" * 65])
