@@ -217,15 +217,8 @@ class WindowSet:
     def _report_refused(self, before: int) -> None:
         for reason, count in self.refused.items():
             share = count / before if before else 0.0
-            level = logging.WARNING if count else logging.INFO  # a worker on Ray shows warnings only
-            logger.log(
-                level,
-                "%s: %d of %d windows left out: %s (%.2f %%)",
-                self.split.name,
-                count,
-                before,
-                reason,
-                100 * share,
+            logger.info(
+                "%s: %d of %d windows left out: %s (%.2f %%)", self.split.name, count, before, reason, 100 * share
             )
 
     def __len__(self) -> int:
