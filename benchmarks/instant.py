@@ -20,6 +20,7 @@ class InstantEngine:
 
     def __init__(self, alias: str) -> None:
         self.identity = Identity(alias, "local", None, "0" * 64, 1, 512, "instant", "instant")
+        self.calibration = None
         self.device = FACTS
 
     def forecast(self, series: Series, sampling: Sampling, **_: Any) -> Paths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from model.types import COLUMNS
 
 logger = logging.getLogger(__name__)
 
-READERS = {".csv": pd.read_csv, ".parquet": pd.read_parquet, ".pq": pd.read_parquet}
+SUFFIXES = (".csv", ".parquet", ".pq")
 
 
 @dataclass(frozen=True)
@@ -26,55 +27,93 @@ class SymbolBars:
     times: datetime64[ns] [T], strictly increasing; UTC if the source had a time zone, else its wall clock.
     candles: float32 [T, 6] in the order of model.types.COLUMNS, raw prices.
     marks: int64 [T, 5] in the order of model.types.TIME_MARKS, of the source's wall clock.
+    zone: the source's time zone; None if its times are a wall clock of no named zone.
     """
 
     symbol: str
     times: np.ndarray
     candles: np.ndarray
     marks: np.ndarray
+    zone: str | None = None
 
     def __len__(self) -> int:
         return len(self.times)
 
 
-def read_bars(path: str | Path, *, time_column: str = "timestamps", symbol_column: str = "symbol") -> list[SymbolBars]:
-    """Reads a .csv or .parquet file, or every such file of a folder, in long format.
+def find_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The .csv and .parquet files that paths mean: files, folders of them, patterns such as bars/*.parquet.
+
+    In the order given, each once; those of a folder or a pattern by name. A file that is named outright is returned
+    whatever it is called. Raises InputError for what is not there and for a folder or a pattern without any such file.
+    """
+    found: dict[Path, None] = {}
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        found.update(dict.fromkeys(_files_of(Path(path))))
+    if not found:
+        raise InputError("no file was named: give a file, a folder or a pattern", code="no_such_file")
+    return list(found)
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    pattern = glob.has_magic(str(path))
+    if not path.is_dir() and not pattern:
+        raise InputError(f"there is no file or folder {path}", code="no_such_file")
+    candidates = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    files = sorted(file for file in candidates if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not files:
+        what = f"{path} matches" if not path.is_dir() else f"{path} holds"
+        raise InputError(f"{what} no .csv or .parquet file", code="no_rows")
+    return files
+
+
+def read_bars(
+    paths: str | Path | Sequence[str | Path], *, time_column: str = "timestamps", symbol_column: str = "symbol"
+) -> list[SymbolBars]:
+    """Reads the files that find_files finds, in long format.
 
     Columns: the time, open, high, low, close, and where there are any volume, amount and the symbol. Without a symbol
     column a file is one symbol, named after the file. A symbol's rows must be in time order; symbols may interleave.
-    Raises InputError naming file, symbol, column, row (from 0, in the file) and the remedy.
+    Either all symbols have times with a time zone or none has. Raises InputError naming file, symbol, column, row (from
+    0, in the file) and the remedy; at the first fault: `python -m cluster.data check` lists all of them.
     """
-    source = Path(path)
-    if source.is_dir():
-        files = sorted(file for file in source.iterdir() if file.suffix.lower() in READERS)
-        if not files:
-            raise InputError(f"{source} holds no .csv or .parquet file", code="no_rows")
-    elif source.is_file():
-        files = [source]
-    else:
-        raise InputError(f"there is no file or folder {source}", code="no_such_file")
     found: dict[str, SymbolBars] = {}
-    for file in files:
+    for file in find_files(paths):
         for bars in _read_file(file, time_column, symbol_column):
             if bars.symbol in found:
                 raise InputError(
-                    f"{file}: symbol {bars.symbol!r} is in another file of {source} too: keep a symbol in one file",
+                    f"{file}: symbol {bars.symbol!r} is in another file too: keep a symbol in one file",
                     code="duplicate_symbol",
                     column=symbol_column,
                 )
             found[bars.symbol] = bars
-    return list(found.values())
+    series = list(found.values())
+    aware, naive = ([b.symbol for b in series if (b.zone is None) == wanted] for wanted in (False, True))
+    if aware and naive:
+        raise InputError(
+            f"the times of {aware[0]!r} have a time zone and those of {naive[0]!r} have none: give all of them one",
+            code="mixed_time_zones",
+            column=time_column,
+        )
+    return series
 
 
 def _read_file(file: Path, time_column: str, symbol_column: str) -> list[SymbolBars]:
-    reader = READERS.get(file.suffix.lower())
-    if reader is None:
-        raise InputError(f"{file}: {file.suffix!r} is not read here: give {', '.join(READERS)}", code="unknown_format")
+    frame = read_frame(file, symbol_column)
+    return bars_from_frame(frame, str(file), time_column=time_column, symbol_column=symbol_column)
+
+
+def read_frame(file: Path, symbol_column: str = "symbol") -> pd.DataFrame:
+    """A file's table as it is. Raises InputError if it is not a table that is read here."""
+    if file.suffix.lower() not in SUFFIXES:
+        raise InputError(f"{file}: {file.suffix!r} is not read here: give {', '.join(SUFFIXES)}", code="unknown_format")
     try:
-        frame = reader(file)
+        if file.suffix.lower() == ".csv":
+            return pd.read_csv(file, dtype={symbol_column: str})  # 000001 is a name, not a number
+        return pd.read_parquet(file)
     except (ValueError, OSError) as error:
         raise InputError(f"{file} cannot be read: {error}", code="unreadable_file") from error
-    return bars_from_frame(frame, str(file), time_column=time_column, symbol_column=symbol_column)
 
 
 def bars_from_frame(
@@ -129,7 +168,8 @@ def _symbol_bars(frame: pd.DataFrame, rows: np.ndarray, symbol: str, where: str,
             int(rows[np.flatnonzero(crooked)[0]]),
         )
     times = index.tz_convert("UTC").tz_localize(None) if index.tz is not None else index
-    return SymbolBars(symbol, times.to_numpy().astype("datetime64[ns]"), candles, marks)
+    zone = None if index.tz is None else str(index.tz)
+    return SymbolBars(symbol, times.to_numpy().astype("datetime64[ns]"), candles, marks, zone)
 
 
 def invalid_candles(candles: np.ndarray) -> np.ndarray:

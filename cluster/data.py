@@ -6,21 +6,29 @@ How a window is made, and why:
   they helped to make the mean and std they are scaled with, so that the future can be guessed from them (a series with
   mean 0 comes back to 0), which no forecast ever can.
 - Every draw is a function of (seed, epoch, window). Which worker, process or restart asks changes nothing.
+
+    python -m cluster.data check bars/*.parquet --window 512 --validation-share 0.15 --test-share 0.15
 """
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
 
-from cluster.bars import SymbolBars, read_bars
-from cluster.config import DataConfig, FileSource, SimulatedSource
+from cluster.bars import SymbolBars
+from cluster.data_config import BarFilter, DataConfig, SimulatedSource, TimeSplit
+from cluster.filters import WindowRules
 from cluster.simulate import simulate
+from cluster.sources import read_source
 from model.errors import InputError
 from model.frames import normalise
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
@@ -30,44 +38,94 @@ class SplitBars:
     """The bars a split's windows may read, and where its own bars begin and end.
 
     begins, ends: datetime64[ns] or None (open); a window is the split's if its last bar is in [begins, ends).
-    Bars before begins may be read as context and are never scored.
+    Bars before begins, and the embargo_bars bars of a symbol after it, may be read as context and are never scored.
+    reach_back: whether windows may begin before begins at all. rules: which windows are left out.
     """
 
     name: str
     series: list[SymbolBars]
     begins: np.datetime64 | None = None
     ends: np.datetime64 | None = None
+    embargo_bars: int = 0
+    reach_back: bool = True
+    rules: WindowRules = field(default_factory=WindowRules)
+
+    def first_scored(self, bars: SymbolBars) -> int:
+        """Row of the first bar of a series that this split may score; len(bars) or more if it has none."""
+        if self.begins is None:
+            return 0
+        return int(np.searchsorted(bars.times, np.asarray(self.begins))) + self.embargo_bars
 
 
 def load_splits(config: DataConfig) -> dict[str, SplitBars]:
     """The splits of a configured source: train and validation, and test where the source has one.
 
-    Files are split by calendar time, at the same moment for all symbols. Simulated series, whose calendars have nothing
-    in common, are split by series: validation has its own seed. Raises InputError.
+    Real bars are split by calendar time, at the same moment for all symbols. Simulated series, whose calendars have
+    nothing in common, are split by series: validation has its own seed. Raises InputError.
+    """
+    source = config.source
+    if isinstance(source, SimulatedSource):
+        settings = {
+            "train": (source.seed, source.series),
+            "validation": (source.validation_seed, source.validation_series),
+        }
+        splits = {
+            name: SplitBars(name, simulate(seed, count, source.bars, bar_minutes=source.bar_minutes))
+            for name, (seed, count) in settings.items()
+        }
+    else:
+        series = read_source(source)
+        splits = split_by_time(
+            series, boundaries(source, series), embargo_bars=source.embargo_bars, reach_back=source.reach_back
+        )
+    return {
+        name: replace(split, rules=window_rules(config.max_gap_bars, config.filter, name))
+        for name, split in splits.items()
+    }
+
+
+def window_rules(max_gap_bars: int | None, bar_filter: BarFilter | None, split: str) -> WindowRules:
+    """The rules of one split."""
+    # Only training may choose by what happens in a window: a score without the windows that went wild would flatter.
+    return WindowRules(max_gap_bars, bar_filter if split == "train" else None)
+
+
+def boundaries(split: TimeSplit, series: Sequence[SymbolBars]) -> list[np.datetime64]:
+    """The one or two moments that a source is cut at. Shares count the distinct bar times of all symbols together."""
+    if split.validation_share is None:
+        return split.moments()
+    times = np.unique(np.concatenate([bars.times for bars in series]))
+    last = [split.test_share] if split.test_share is not None else []
+    counts = [round(len(times) * share) for share in (sum(last) + split.validation_share, *last)]
+    if 0 in counts or counts[0] >= len(times) or len(set(counts)) < len(counts):
+        raise InputError(
+            f"{len(times)} bar times cannot be split into shares of {split.validation_share:g} for validation"
+            + (f" and {split.test_share:g} for test" if last else "")
+            + ": give more bars or larger shares",
+            code="too_short",
+        )
+    return [times[len(times) - count] for count in counts]
+
+
+def describe_splits(config: DataConfig) -> dict[str, str | None]:
+    """{"validation_from", "test_from"} as ISO times, also where they are configured as shares; {} for simulated series.
+
+    For a run's record: who scores the model later must know what it was trained on. Raises InputError.
     """
     if isinstance(config.source, SimulatedSource):
-        source = config.source
-        return {
-            "train": SplitBars(
-                "train", simulate(source.seed, source.series, source.bars, bar_minutes=source.bar_minutes)
-            ),
-            "validation": SplitBars(
-                "validation",
-                simulate(source.validation_seed, source.validation_series, source.bars, bar_minutes=source.bar_minutes),
-            ),
-        }
-    return _split_file(config.source)
+        return {}
+    moments = config.source.moments() or boundaries(config.source, read_source(config.source))
+    names = ("validation_from", "test_from")
+    return {name: str(moments[i].astype("datetime64[s]")) if i < len(moments) else None for i, name in enumerate(names)}
 
 
-def _split_file(source: FileSource) -> dict[str, SplitBars]:
-    series = read_bars(source.path, time_column=source.time_column, symbol_column=source.symbol_column)
-    validation = np.datetime64(source.validation_from, "ns")
-    if source.test_from is None:
-        return split_by_time(series, [validation])
-    return split_by_time(series, [validation, np.datetime64(source.test_from, "ns")])
-
-
-def split_by_time(series: Sequence[SymbolBars], boundaries: Sequence[np.datetime64]) -> dict[str, SplitBars]:
+def split_by_time(
+    series: Sequence[SymbolBars],
+    boundaries: Sequence[np.datetime64],
+    *,
+    embargo_bars: int = 0,
+    reach_back: bool = True,
+) -> dict[str, SplitBars]:
     """train, validation (and test) of the same symbols, cut at one or two moments. Later splits may look back."""
     if not 1 <= len(boundaries) <= 2 or any(a >= b for a, b in pairwise(boundaries)):
         raise InputError(
@@ -77,7 +135,7 @@ def split_by_time(series: Sequence[SymbolBars], boundaries: Sequence[np.datetime
     begins = [None, *boundaries]
     ends = [*boundaries, None]
     return {
-        name: SplitBars(name, [_before(bars, end) for bars in series], begin, end)
+        name: SplitBars(name, [_before(bars, end) for bars in series], begin, end, embargo_bars, reach_back)
         for name, begin, end in zip(SPLITS, begins, ends, strict=False)
     }
 
@@ -86,7 +144,7 @@ def _before(bars: SymbolBars, end: np.datetime64 | None) -> SymbolBars:
     if end is None:
         return bars
     keep = int(np.searchsorted(bars.times, np.asarray(end)))
-    return SymbolBars(bars.symbol, bars.times[:keep], bars.candles[:keep], bars.marks[:keep])
+    return replace(bars, times=bars.times[:keep], candles=bars.candles[:keep], marks=bars.marks[:keep])
 
 
 @dataclass(frozen=True)
@@ -123,26 +181,45 @@ class WindowSet:
         if not 2 <= min_context < length:
             raise InputError(f"min_context must be from 2 to {length - 1}, not {min_context}", code="bad_size")
         self.split, self.length, self.clip, self.min_context = split, length, clip, min_context
-        owners, starts = [], []
+        self.refused: dict[str, int] = {}
+        """Reason → windows that a rule of the split left out; one may have several reasons."""
+        owners, starts, before = [], [], 0
         for number, bars in enumerate(split.series):
-            first = self._own_from(bars) if split.begins is not None else 0
+            first = split.first_scored(bars)
             # A window that reaches back needs one bar of its own after the shortest context; others lie inside.
-            lowest = max(0, first - length + 1) if reach_back else first
-            begin = np.arange(len(bars) - length, lowest - 1, -stride)[::-1]
-            owners.append(np.full(len(begin), number))
+            lowest = max(0, first - length + 1) if reach_back and split.reach_back else first
+            begin = np.arange(len(bars) - length, lowest - 1, -stride, dtype=np.int64)[::-1]
+            before += len(begin)
+            begin = begin[self._allowed(bars, begin)]
+            owners.append(np.full(len(begin), number, dtype=np.int32))
             starts.append(begin)
-        self.owner = np.concatenate(owners) if owners else np.empty(0, dtype=np.int64)
+        self.owner = np.concatenate(owners) if owners else np.empty(0, dtype=np.int32)
         self.start = np.concatenate(starts) if starts else np.empty(0, dtype=np.int64)
+        self._report_refused(before)
         if len(self.start) == 0:
             longest = max((len(bars) for bars in split.series), default=0)
             raise InputError(
-                f"the {split.name} split has no window of {length} bars: its longest series has {longest}; give "
-                "more bars, move the split or take a shorter window",
+                f"the {split.name} split has no window of {length} bars: its longest series has {longest}"
+                + (f", and its rules refused {before} windows ({self.refused})" if before else "")
+                + "; give more bars, move the split or take a shorter window",
                 code="too_short",
             )
 
-    def _own_from(self, bars: SymbolBars) -> int:
-        return int(np.searchsorted(bars.times, np.asarray(self.split.begins)))
+    def _allowed(self, bars: SymbolBars, starts: np.ndarray) -> np.ndarray:
+        allowed = np.ones(len(starts), dtype=bool)
+        if len(starts) == 0:
+            return allowed
+        for reason, refused in self.split.rules.refused(bars, starts, self.length).items():
+            self.refused[reason] = self.refused.get(reason, 0) + int(refused.sum())
+            allowed &= ~refused
+        return allowed
+
+    def _report_refused(self, before: int) -> None:
+        for reason, count in self.refused.items():
+            share = count / before if before else 0.0
+            logger.info(
+                "%s: %d of %d windows left out: %s (%.2f %%)", self.split.name, count, before, reason, 100 * share
+            )
 
     def __len__(self) -> int:
         return len(self.start)
@@ -164,8 +241,7 @@ class WindowSet:
             _, mean, scale = normalise(candles[:context], self.clip)
             x[row] = np.clip((candles - mean) / scale, -self.clip, self.clip)
             marks[row] = bars.marks[start : start + self.length]
-            if self.split.begins is not None:
-                scored[row] &= np.arange(start, start + self.length) >= self._own_from(bars)
+            scored[row] &= np.arange(start, start + self.length) >= self.split.first_scored(bars)
         return Batch(x, marks, np.asarray(contexts, dtype=np.int64), scored)
 
 
@@ -204,3 +280,13 @@ def fixed_subset(windows: WindowSet, count: int, seed: int, batch_size: int) -> 
     chosen = np.random.default_rng([seed, 2]).permutation(len(windows))[:count]
     contexts = windows.contexts(seed, 0)[chosen]
     return [(chosen[i : i + batch_size], contexts[i : i + batch_size]) for i in range(0, len(chosen), batch_size)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    from cluster.check import main as check_main  # it reads this module
+
+    return check_main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,215 +1,393 @@
-"""Measures a bundle on series it never saw and writes its model card.
+"""Walk-forward evaluation of a model beside the baselines: report.json, report.html, forecasts.csv, signals.csv.
 
-python -m cluster.evaluate --bundle model/bundled --candles FILE.csv --card model/bundled/README.md
+    python -m cluster.evaluate --model BUNDLE --data 'bars/*.parquet' --from 2024-07-01 --to 2024-10-01 --out DIR
+
+With --card, --candles or --scores instead of --data it measures a bundle for its model card (cluster.card_scores).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
+import pandas as pd
 
-from cluster.bars import SymbolBars, read_bars
-from cluster.card import write_card
-from cluster.scores import covered, crps_of_normal, crps_of_samples, invalid_share, paired_ratio, random_walk
-from cluster.simulate import simulate
+from cluster import backtest, card_scores, report
+from cluster.bars import SymbolBars
+from cluster.baselines import EXTRAS, Baseline, baselines
+from cluster.leakage import alarms, future_in_inputs, shuffled_labels
+from cluster.metrics import Scored, Table, Truth, overall_verdict
+from cluster.scores import Draws
+from cluster.training_record import overlap_warning
+from cluster.walk_forward import (
+    ModelChoice,
+    WalkForward,
+    Window,
+    Windows,
+    device_warning,
+    forecast_all,
+    pick_windows,
+    read_series,
+)
+from model.calibration import Calibration, load_calibration, usual_bar_seconds
 from model.errors import InputError, KronosError
-from model.frames import normalise
-from model.kronos import Kronos
-from model.predictor import KronosPredictor
-from model.tokenizer import KronosTokenizer
-from model.types import Sampling, Series
+from model.registry import load_checkpoint
 
-HELD_OUT_SEED = 90_001
-"""Of the simulated series that are scored here. No configuration in cluster/configs may train on it."""
-HORIZONS = (1, 12, 48)
-CODE_LENGTHS = (64, 128, 256, 400, 512, 1024, 2000)
-"""Histories whose round trip through the tokenizer is measured, where the series are long enough."""
-CLOSE = 3
+PUBLISHED_CUTOFF = np.datetime64("2024-07-01")
+"""The published weights were trained on bars up to June 2024."""
+FEW_ORIGINS = 30
 
 
-@dataclass(frozen=True)
-class Setting:
-    """windows: forecasts a data set. history, horizon: bars. samples: paths a forecast, drawn at T = 1, top_p = 1."""
+@dataclass
+class Evaluation:
+    """summary: what report.json holds. windows, truth, scored: forecast by forecast, in the same order."""
 
-    windows: int = 200
-    history: int = 400
-    horizon: int = 48
-    samples: int = 20
-    seed: int = 0
+    summary: dict[str, Any]
+    windows: list[Window]
+    truth: Truth
+    scored: dict[str, Scored]
 
-
-@dataclass(frozen=True)
-class HorizonScore:
-    """CRPS of the close in units of the history's typical one-bar move, means over the windows."""
-
-    horizon: int
-    crps: float
-    baseline: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    coverage: float
-    baseline_coverage: float
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Everything measured on one data set.
-
-    coverage: over all bars of the horizon, not only those of `horizons`.
-    bias: mean of (median path − actual) of the close at the last horizon, in units of its random walk's std.
-    code_error: rms error of the tokenizer's round trip per column in units of the window's std.
-    close_errors: history length → the same for the close in units of the typical one-bar move, median over windows.
-    """
-
-    name: str
-    windows: int
-    horizons: list[HorizonScore]
-    coverage: float
-    baseline_coverage: float
-    bias: float
-    invalid: float
-    code_error: list[float]
-    close_errors: dict[int, float]
-    seconds: float
-
-
-def pick_windows(series: Sequence[SymbolBars], setting: Setting) -> list[tuple[SymbolBars, int]]:
-    """(bars, first row) of evenly spaced windows over all series. Raises InputError if no series is long enough."""
-    length = setting.history + setting.horizon
-    every = [(bars, start) for bars in series for start in range(len(bars) - length + 1)]
-    if not every:
-        raise InputError(f"no series has the {length} bars that one forecast and its check need", code="too_short")
-    # One window a series first; more only where there are fewer series than windows.
-    places = np.linspace(0, len(every) - 1, min(setting.windows, len(every))).astype(int)
-    return [every[i] for i in places]
-
-
-def score(
-    predictor: KronosPredictor, name: str, series: Sequence[SymbolBars], setting: Setting, *, progress: bool = False
-) -> Scores:
-    """Forecasts the horizon of each window and compares. Raises InputError for series that are too short."""
-    chosen = pick_windows(series, setting)
-    sampling = Sampling(temperature=1.0, top_k=0, top_p=1.0, samples=setting.samples, seed=setting.seed)
-    began = time.monotonic()
-    samples, actuals, walks, invalid = [], [], [], []
-    for number, (bars, start) in enumerate(chosen):
-        cut, end = start + setting.history, start + setting.history + setting.horizon
-        request = Series(bars.candles[start:cut], bars.marks[start:cut], bars.marks[cut:end])
-        values = predictor.forecast_series(request, sampling).values
-        walk = random_walk(bars.candles[start:cut, CLOSE], setting.horizon)
-        # Scores of different instruments can be averaged once each is in units of its own one-bar move.
-        unit = walk.std[0]
-        samples.append((values[:, :, CLOSE] - walk.mean) / unit)
-        actuals.append((bars.candles[cut:end, CLOSE] - walk.mean) / unit)
-        walks.append(walk.std / unit)
-        invalid.append(invalid_share(values))
-        if progress:
-            left = (time.monotonic() - began) / (number + 1) * (len(chosen) - number - 1)
-            print(f"{name}: window {number + 1}/{len(chosen)}, {left / 60:.1f} min left", file=sys.stderr, flush=True)
-    drawn, actual, std = np.stack(samples, axis=1), np.stack(actuals), np.stack(walks)  # [S, N, H], [N, H], [N, H]
-    crps, baseline = crps_of_samples(drawn, actual), crps_of_normal(np.zeros_like(std), std, actual)
-    inside = covered(drawn, actual)
-    inside_walk = np.abs(actual) <= 1.2815515655446004 * std  # the normal's 80 % interval
-    horizons = []
-    for h in (h for h in HORIZONS if h <= setting.horizon):
-        ratio = paired_ratio(crps[:, h - 1], baseline[:, h - 1])
-        horizons.append(
-            HorizonScore(
-                h,
-                float(crps[:, h - 1].mean()),
-                float(baseline[:, h - 1].mean()),
-                *ratio,
-                float(inside[:, h - 1].mean()),
-                float(inside_walk[:, h - 1].mean()),
-            )
+    def signals(self) -> pd.DataFrame:
+        """symbol, timestamps (the origin, at whose close it is known), signal: the model's predicted return."""
+        return pd.DataFrame(
+            {
+                "symbol": [window.bars.symbol for window in self.windows],
+                "timestamps": [window.origin for window in self.windows],
+                "signal": self.scored["model"].predicted,
+            }
         )
-    code_error, _ = round_trip(predictor.tokenizer, chosen, setting.history)
-    close_errors = {
-        length: round_trip(predictor.tokenizer, pick_windows(series, Setting(setting.windows, length, 1)), length)[1]
-        for length in CODE_LENGTHS
-        if any(len(bars) > length for bars in series)
+
+
+def evaluate(
+    choice: ModelChoice,
+    series: Sequence[SymbolBars],
+    setting: WalkForward,
+    *,
+    parent: ModelChoice | None = None,
+    season: int | None = None,
+    extras: Sequence[str] = (),
+    workers: int = 0,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Evaluation:
+    """Forecasts every window and scores it beside the baselines (and the parent, with the same seeds).
+
+    season: bars of the seasonal naive forecast; None: each symbol's usual day. extras: of cluster.baselines.EXTRAS.
+    on_progress: (what, done, total). Raises InputError for data and settings, CheckpointError for weights.
+    """
+    began = time.monotonic()
+    picked = pick_windows(series, setting, season)
+    windows = picked.chosen
+    truth = _truth(windows, setting)
+    said: list[str] = []
+    scored = _score_baselines(windows, truth, setting, extras, said)
+    choices = {"model": choice} | ({"parent": parent} if parent is not None else {})
+    models, invalid = {}, {}
+    for name, one in choices.items():
+        checkpoint = load_checkpoint(one.source)
+        models[name] = {
+            "name": one.source.id,
+            "sha256": checkpoint.sha256,
+            "revision": checkpoint.revision,
+            "parameters": checkpoint.parameters,
+            "version": checkpoint.model_version,
+            "tokenizer_version": checkpoint.tokenizer_version,
+        }
+        calibration = load_calibration(one.folder, checkpoint.sha256) if name == "model" else None
+        invalid[name] = _score_model(
+            name, one, windows, truth, setting, scored, calibration, workers=workers, on_progress=on_progress
+        )
+    table = Table(truth, seed=setting.seed)
+    metrics = {name: table.metrics(one) for name, one in _ordered(scored).items()}
+    for name, share in invalid.items():
+        metrics[name]["invalid_candles"] = share
+    comparisons = [
+        table.compare(scored["model"], other, name)
+        for name, other in _ordered(scored).items()
+        if name not in ("model", "calibrated")
+    ]
+    inputs = future_in_inputs([_inside(bars, setting) for bars in series])
+    shuffled = shuffled_labels(table, np.array(scored["model"].predicted), seed=setting.seed)
+    said = [
+        *_warnings(windows, picked, truth, table, setting, choice),
+        *said,
+        *alarms(inputs, metrics["model"]["rank_ic"], shuffled),
+    ]
+    verdict = overall_verdict(comparisons)
+    summary = {
+        "schema": 1,
+        "model": models["model"],
+        "parent": models.get("parent"),
+        "period": {
+            "from": _text(setting.begins),
+            "to": _text(setting.ends),
+            "first_origin": _text(windows[0].origin),
+            "last_origin": _text(windows[-1].origin),
+        },
+        "setting": {
+            name: getattr(setting, name)
+            for name in ("history", "horizon", "samples", "every", "seed", "temperature", "top_k", "top_p", "window")
+        },
+        "data": {
+            "symbols": sorted({window.bars.symbol for window in windows}),
+            "forecasts": len(windows),
+            "origins": table.origins,
+            "origins_that_overlap": truth.overlap,
+            "left_out": picked.left_out,
+        },
+        "warnings": said,
+        "metrics": metrics,
+        "comparisons": comparisons,
+        "verdict": verdict,
+        "verdict_line": report.verdict_line(verdict, comparisons),
+        "leakage": {"inputs": inputs, "shuffled": shuffled},
+        "calibration": _coverages(metrics) if "calibrated" in metrics else None,
+        "workers": workers,
+        "seconds": round(time.monotonic() - began, 1),
     }
-    return Scores(
-        name=name,
-        windows=len(chosen),
-        horizons=horizons,
-        coverage=float(inside.mean()),
-        baseline_coverage=float(inside_walk.mean()),
-        bias=float(((np.median(drawn, axis=0) - actual)[:, -1] / std[:, -1]).mean()),
-        invalid=float(np.mean(invalid)),
-        code_error=code_error,
-        close_errors=close_errors,
-        seconds=time.monotonic() - began,
+    return Evaluation(summary, windows, truth, _ordered(scored))
+
+
+def _truth(windows: Sequence[Window], setting: WalkForward) -> Truth:
+    moves = [np.diff(window.known(setting)[:, 3].astype(np.float64)) for window in windows]
+    origins = np.array([window.origin for window in windows])
+    return Truth(
+        actual=np.stack([window.actual(setting) for window in windows]),
+        last=np.array([float(window.bars.candles[window.cut - 1, 3]) for window in windows]),
+        unit=np.array([np.sqrt(np.mean(move**2)) for move in moves]),
+        mase_scale=np.array([np.abs(move).mean() for move in moves]),
+        origin=np.unique(origins, return_inverse=True)[1],
+        symbol=np.array([window.bars.symbol for window in windows]),
+        overlap=setting.overlap,
     )
 
 
-@torch.no_grad()
-def round_trip(
-    tokenizer: KronosTokenizer, chosen: Sequence[tuple[SymbolBars, int]], history: int
-) -> tuple[list[float], float]:
-    """What encoding and decoding alone do to the histories: see Scores.code_error and Scores.close_errors."""
-    device = next(tokenizer.parameters()).device
-    squares, close_errors = [], []
-    for bars, start in chosen:
-        x, _, _ = normalise(bars.candles[start : start + history], 5.0)
-        tensor = torch.from_numpy(np.ascontiguousarray(x)).unsqueeze(0).to(device)
-        back = tokenizer.decode(tokenizer.encode(tensor, half=True), half=True)[0].cpu().numpy()
-        error = (back - x).astype(np.float64)
-        squares.append((error**2).mean(axis=0))
-        move = np.sqrt(np.mean(np.diff(x[:, CLOSE].astype(np.float64)) ** 2))
-        close_errors.append(np.sqrt(squares[-1][CLOSE]) / move)
-    return [float(v) for v in np.sqrt(np.mean(squares, axis=0))], float(np.median(close_errors))
+def _score_baselines(
+    windows: Sequence[Window], truth: Truth, setting: WalkForward, extras: Sequence[str], said: list[str]
+) -> dict[str, Scored]:
+    """said: gets a warning for each season that does not fit into the history."""
+    by_season: dict[int, dict[str, Baseline]] = {}
+    scored: dict[str, Scored] = {}
+    for number, window in enumerate(windows):
+        season = window.season
+        if season + 2 > setting.history:
+            season = setting.history // 2
+            text = (
+                f"a season of {window.season} bars does not fit into {setting.history} bars of history: the seasonal "
+                f"naive forecast repeats the last {season} bars"
+            )
+            if text not in said:
+                said.append(text)
+        known = window.known(setting)[:, 3].astype(np.float64)
+        rng = np.random.default_rng([setting.seed, number])
+        for name, baseline in by_season.setdefault(season, baselines(season, extras)).items():
+            scored.setdefault(name, Scored()).add(baseline(known, setting.horizon), truth, number, rng)
+    return scored
+
+
+def _score_model(
+    name: str,
+    choice: ModelChoice,
+    windows: Sequence[Window],
+    truth: Truth,
+    setting: WalkForward,
+    scored: dict[str, Scored],
+    calibration: Calibration | None,
+    *,
+    workers: int,
+    on_progress: Callable[[str, int, int], None],
+) -> float:
+    """Adds `name`, and "calibrated" where the model has a calibration, to scored; the share of invalid candles."""
+    own = scored.setdefault(name, Scored())
+    invalid = []
+    done = lambda count: on_progress(name, count, len(windows))  # noqa: E731
+    for result in forecast_all(choice, windows, setting, workers=workers, on_done=done):
+        invalid.append(result.invalid * len(result.closes))
+        for number, closes in enumerate(result.closes, start=result.first):
+            own.add(Draws(closes), truth, number, np.random.default_rng([setting.seed, number]))
+            if calibration is not None:
+                window = windows[number]
+                entry = calibration.entry(window.bars.symbol, usual_bar_seconds(window.bars.times))
+                adjusted = entry.closes(closes, unit=truth.unit[number], first=0)
+                rng = np.random.default_rng([setting.seed, number])
+                scored.setdefault("calibrated", Scored()).add(Draws(adjusted), truth, number, rng)
+    return float(sum(invalid) / len(windows))
+
+
+def _ordered(scored: dict[str, Scored]) -> dict[str, Scored]:
+    """The model first, then what it came from, then the baselines."""
+    first = [name for name in ("model", "calibrated", "parent") if name in scored]
+    return {name: scored[name] for name in [*first, *(name for name in scored if name not in first)]}
+
+
+def _inside(bars: SymbolBars, setting: WalkForward) -> SymbolBars:
+    begin = 0 if setting.begins is None else int(np.searchsorted(bars.times, setting.begins))
+    end = len(bars) if setting.ends is None else int(np.searchsorted(bars.times, setting.ends))
+    begin = max(0, begin - setting.history)
+    return SymbolBars(bars.symbol, bars.times[begin:end], bars.candles[begin:end], bars.marks[begin:end])
+
+
+def _coverages(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {
+        kind: {level: entry["value"] for level, entry in metrics[name]["coverage"].items()}
+        for kind, name in (("raw_coverage", "model"), ("calibrated_coverage", "calibrated"))
+    }
+
+
+def _warnings(
+    windows: Sequence[Window], picked: Windows, truth: Truth, table: Table, setting: WalkForward, choice: ModelChoice
+) -> list[str]:
+    said = []
+    first = windows[0].bars.times[windows[0].cut]
+    if first < PUBLISHED_CUTOFF:
+        said.append(
+            f"the test period starts at {_text(first)}, before 2024-07-01: the published Kronos weights, and what was "
+            "finetuned from them, may have been trained on these bars; choose a later period for a fair test"
+        )
+    last = max(window.bars.times[window.cut + setting.horizon - 1] for window in windows)
+    if (known := overlap_warning(choice.folder, first, last)) is not None:
+        said.append(known)
+    if table.origins < FEW_ORIGINS:
+        said.append(
+            f"there are {table.origins} origins only: tests and intervals over so few say little; take a longer period "
+            "or forecast more often (--every)"
+        )
+    if (setting.temperature, setting.top_k, setting.top_p) != (1.0, 0, 1.0):
+        said.append("sampling is narrowed (temperature, top_k, top_p): coverage and CRPS are too by construction")
+    if picked.left_out:
+        reasons = "; ".join(f"{reason}: {count}" for reason, count in picked.left_out.items())
+        said.append(f"forecasts left out: {reasons}")
+    if (device := device_warning(choice)) is not None:
+        said.append(device)
+    return said
+
+
+def _text(time: np.datetime64 | None) -> str | None:
+    return None if time is None else str(time.astype("datetime64[s]"))
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def moment(text: str | None, option: str) -> np.datetime64 | None:
+    """A command-line date or time. Raises InputError for what is not ISO 8601."""
+    if text is None:
+        return None
+    try:
+        stamp = pd.Timestamp(text)
+    except ValueError:
+        raise InputError(f"{option} {text!r} is not a date such as 2024-07-01", code="not_a_time") from None
+    return (stamp.tz_convert("UTC").tz_localize(None) if stamp.tz is not None else stamp).to_datetime64()
+
+
+def add_walk_forward_arguments(parser: argparse.ArgumentParser) -> None:
+    """What evaluation and calibration ask alike."""
+    defaults = WalkForward()
+    parser.add_argument(
+        "--model", "--bundle", default="bundled", help="bundle folder, published alias, org/repo, or bundled"
+    )
+    parser.add_argument("--tokenizer", help="folder or org/repo, where the model's folder holds none")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="CSV or Parquet files, folders or quoted globs")
+    parser.add_argument("--time-column", default="timestamps", help="column of the bars' times")
+    parser.add_argument("--symbol-column", default="symbol", help="column of the symbol; absent: one symbol a file")
+    parser.add_argument("--from", dest="begins", metavar="DATE", help="first moment of the period; default: all data")
+    parser.add_argument("--to", dest="ends", metavar="DATE", help="end of the period, exclusive; default: all data")
+    parser.add_argument("--history", type=int, default=defaults.history, help="bars a forecast sees")
+    parser.add_argument("--horizon", type=int, default=defaults.horizon, help="bars to forecast")
+    parser.add_argument("--samples", type=int, default=defaults.samples, help="paths a forecast")
+    parser.add_argument("--every", type=int, help="bars between neighbouring origins; default: the horizon")
+    parser.add_argument("--window", default=defaults.window, help="past the context: exact, hop:K or fit")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="of all forecasts")
+    parser.add_argument("--workers", type=int, default=0, help="Ray actors; 0: this process, without Ray")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads a worker; rounding depends on them")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+
+
+def walk_forward_of(options: argparse.Namespace, **sampling: Any) -> WalkForward:
+    return WalkForward(
+        begins=moment(options.begins, "--from"),
+        ends=moment(options.ends, "--to"),
+        history=options.history,
+        horizon=options.horizon,
+        samples=options.samples,
+        every=options.horizon if options.every is None else options.every,
+        seed=options.seed,
+        window=options.window,
+        **sampling,
+    )
+
+
+def print_progress(what: str, done: int, total: int) -> None:
+    print(f"{what}: {done}/{total} forecasts", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.evaluate",
+        description="Score a model's walk-forward forecasts beside the last price, drift, historical volatility and "
+        "the seasonal naive forecast.",
+    )
+    add_walk_forward_arguments(parser)
+    parser.add_argument("--out", type=Path, help="folder of the report; needed with --data")
+    parser.add_argument("--parent", help="the model that it was finetuned from, to compare with")
+    parser.add_argument("--season", type=int, help="bars of the seasonal naive forecast; default: a usual day")
+    parser.add_argument("--extras", nargs="*", default=[], choices=EXTRAS, help="further baselines")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling; scores are honest at 1 only")
+    parser.add_argument("--top-p", type=float, default=1.0, help="of the sampling; scores are honest at 1 only")
+    backtest.add_rule_arguments(parser.add_argument_group("backtest of the predicted returns, with --top-k"))
+    card = parser.add_argument_group("model card of a bundle, instead of a report")
+    card_scores.add_arguments(card)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m cluster.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--bundle", type=Path, default=Path("model/bundled"), help="folder with tokenizer/ and model/")
-    parser.add_argument("--candles", type=Path, help="CSV or Parquet file of real candles; left out: simulated only")
-    parser.add_argument("--windows", type=int, default=Setting.windows, help="forecasts a data set")
-    parser.add_argument("--history", type=int, default=Setting.history, help="bars the forecast sees")
-    parser.add_argument("--horizon", type=int, default=Setting.horizon, help="bars to forecast")
-    parser.add_argument("--samples", type=int, default=Setting.samples, help="paths a forecast")
-    parser.add_argument("--seed", type=int, default=Setting.seed, help="of the paths")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--scores", type=Path, help="JSON file to write the numbers to")
-    parser.add_argument("--card", type=Path, help="model card to write; needs training.json in the bundle")
-    options = parser.parse_args(arguments)
-    setting = Setting(options.windows, options.history, options.horizon, options.samples, options.seed)
+    options = _parser().parse_args(arguments)
     try:
-        predictor = KronosPredictor(
-            Kronos.from_pretrained(options.bundle / "model"),
-            KronosTokenizer.from_pretrained(options.bundle / "tokenizer"),
-            device=options.device,
-        )
-        simulated = simulate(HELD_OUT_SEED, setting.windows, max(2001, setting.history + setting.horizon))
-        found = [score(predictor, "simulated, held out", simulated, setting, progress=True)]
-        if options.candles is not None:
-            found.append(score(predictor, "real 5-minute candles", read_bars(options.candles), setting, progress=True))
-        else:
-            print("no --candles: the real candles are not scored", file=sys.stderr)
-        numbers = {"setting": vars(setting), "sets": [_as_dict(scores) for scores in found]}
-        print(json.dumps(numbers, indent=2))
-        if options.scores:
-            options.scores.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-        if options.card:
-            write_card(options.card, options.bundle, numbers)
+        if options.data is None:
+            if options.card is None and options.scores is None and options.candles is None:
+                raise InputError("--data is missing: name the files to forecast, or --card", code="missing_option")
+            return card_scores.run(options)
+        if options.out is None:
+            raise InputError("--out is missing: name the folder that gets the report", code="missing_option")
+        _run(options)
     except (KronosError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _as_dict(scores: Scores) -> dict[str, object]:
-    return {**vars(scores), "horizons": [vars(h) for h in scores.horizons]}
+def _run(options: argparse.Namespace) -> None:
+    setting = walk_forward_of(options, temperature=options.temperature, top_p=options.top_p)
+    rules = backtest.rules_of(options) if options.top_k is not None else None
+    series = read_series(options.data, time_column=options.time_column, symbol_column=options.symbol_column)
+    choice = ModelChoice(options.model, options.tokenizer, options.device, options.threads)
+    parent = ModelChoice(options.parent, None, options.device, options.threads) if options.parent else None
+    found = evaluate(
+        choice,
+        series,
+        setting,
+        parent=parent,
+        season=options.season,
+        extras=options.extras,
+        workers=options.workers,
+        on_progress=print_progress,
+    )
+    traded = None
+    if rules is not None:
+        traded = backtest.run(backtest.prices_of(series), found.signals(), rules)
+        backtest.write(traded, options.out / "backtest")
+        found.summary["backtest"] = traded.summary
+    report.write(options.out, found, traded)
+    for warning in found.summary["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(report.console_table(found.summary))
+    print(found.summary["verdict_line"])
+    print(f"written: {options.out / 'report.html'}, report.json, forecasts.csv, signals.csv")
 
 
 if __name__ == "__main__":

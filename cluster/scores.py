@@ -1,17 +1,122 @@
-"""Scores of probabilistic forecasts, and the baseline that each of them has to be read against. numpy only.
+"""Scores of probabilistic forecasts of one price. numpy only.
 
-Shapes: S sampled paths, H bars of horizon, N forecasts.
+Shapes: S sampled paths, H bars of horizon; a forecast is one of the three classes below, for one origin.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from cluster.bars import invalid_candles
 from model.errors import InputError
+
+LEVELS = tuple(round(0.1 * i, 1) for i in range(1, 10))
+"""Quantiles of the weighted quantile loss."""
+INTERVALS = (0.5, 0.8, 0.9)
+"""Central intervals whose coverage is measured."""
+
+
+class Predictive(Protocol):
+    """A forecast of a price over H bars, as far as scores ask for it. Units of price throughout."""
+
+    def crps(self, actual: np.ndarray) -> np.ndarray:
+        """[H]: continuous ranked probability score, lower is better."""
+
+    def quantiles(self, levels: Sequence[float]) -> np.ndarray:
+        """[L, H]."""
+
+    def mean(self) -> np.ndarray:
+        """[H]."""
+
+    def covered(self, actual: np.ndarray) -> np.ndarray | None:
+        """bool [I, H]: whether each of INTERVALS holds the actual price; None for a point."""
+
+    def pit(self, actual: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+        """[H]: the forecast's distribution function at the actual price, randomised at steps; None for a point."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Sampled paths of a price: [S, H]."""
+
+    paths: np.ndarray
+
+    def crps(self, actual: np.ndarray) -> np.ndarray:
+        return crps_of_samples(self.paths, actual)
+
+    def quantiles(self, levels: Sequence[float]) -> np.ndarray:
+        return np.quantile(self.paths, levels, axis=0, method="weibull")
+
+    def mean(self) -> np.ndarray:
+        return self.paths.mean(axis=0)
+
+    def covered(self, actual: np.ndarray) -> np.ndarray:
+        return np.stack([covered(self.paths, actual, level) for level in INTERVALS])
+
+    def pit(self, actual: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Uniform for draws from the truth, whatever their number: the rank among S + 1, randomised inside it."""
+        below, ties = (self.paths < actual).sum(axis=0), (self.paths == actual).sum(axis=0)
+        return (below + rng.random(len(actual)) * (ties + 1)) / (len(self.paths) + 1)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """N(centre, std²) at each bar, both [H]; std > 0."""
+
+    centre: np.ndarray
+    std: np.ndarray
+
+    def crps(self, actual: np.ndarray) -> np.ndarray:
+        return crps_of_normal(self.centre, self.std, actual)
+
+    def quantiles(self, levels: Sequence[float]) -> np.ndarray:
+        return self.centre + np.array([_z(level) for level in levels])[:, None] * self.std
+
+    def mean(self) -> np.ndarray:
+        return self.centre
+
+    def covered(self, actual: np.ndarray) -> np.ndarray:
+        distance = np.abs(actual - self.centre) / self.std
+        return np.stack([distance <= _z((1 + level) / 2) for level in INTERVALS])
+
+    def pit(self, actual: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return normal_cdf((actual - self.centre) / self.std)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A path without a spread: [H]. Its CRPS is the absolute error."""
+
+    path: np.ndarray
+
+    def crps(self, actual: np.ndarray) -> np.ndarray:
+        return np.abs(actual - self.path)
+
+    def quantiles(self, levels: Sequence[float]) -> np.ndarray:
+        return np.tile(self.path, (len(levels), 1))
+
+    def mean(self) -> np.ndarray:
+        return self.path
+
+    def covered(self, actual: np.ndarray) -> None:
+        return None
+
+    def pit(self, actual: np.ndarray, rng: np.random.Generator) -> None:
+        return None
+
+
+def _z(level: float) -> float:
+    return NormalDist().inv_cdf(level)
+
+
+def normal_cdf(z: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.vectorize(math.erf, otypes=[np.float64])(z / math.sqrt(2)))
 
 
 def crps_of_samples(samples: np.ndarray, actual: np.ndarray) -> np.ndarray:
@@ -34,8 +139,14 @@ def crps_of_normal(mean: np.ndarray, std: np.ndarray, actual: np.ndarray) -> np.
     """CRPS of N(mean, std²), closed form (Gneiting & Raftery 2007, doi 10.1198/016214506000001437); std > 0."""
     z = (np.asarray(actual, dtype=np.float64) - mean) / std
     density = np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
-    cumulative = 0.5 * (1 + np.vectorize(math.erf)(z / math.sqrt(2)))
-    return std * (z * (2 * cumulative - 1) + 2 * density - 1 / math.sqrt(math.pi))
+    return std * (z * (2 * normal_cdf(z) - 1) + 2 * density - 1 / math.sqrt(math.pi))
+
+
+def pinball(quantiles: np.ndarray, levels: Sequence[float], actual: np.ndarray) -> np.ndarray:
+    """Quantile loss ρ: quantiles [L, H], actual [H] → [L, H]. Twice its sum over Σ|y| is the weighted quantile loss."""
+    above = actual - quantiles
+    share = np.asarray(levels)[:, None]
+    return np.maximum(share * above, (share - 1) * above)
 
 
 def covered(samples: np.ndarray, actual: np.ndarray, level: float = 0.8) -> np.ndarray:
@@ -48,26 +159,13 @@ def covered(samples: np.ndarray, actual: np.ndarray, level: float = 0.8) -> np.n
     return (low <= actual) & (actual <= high)
 
 
-class RandomWalk(NamedTuple):
-    """A normal forecast of the close at each horizon: mean [H] and std [H], in units of price."""
-
-    mean: np.ndarray
-    std: np.ndarray
-
-
-def random_walk(close: np.ndarray, horizon: int) -> RandomWalk:
-    """The last close, and the root mean square of the history's one-bar moves times √h: the bar to clear.
-
-    close [T]: the history. Raises InputError for fewer than 2 bars, or for a history that never moves.
-    """
-    moves = np.diff(np.asarray(close, dtype=np.float64))
-    if len(moves) == 0:
-        raise InputError("a history of one bar has no volatility: give at least 2", code="too_short", column="close")
-    volatility = float(np.sqrt(np.mean(moves**2)))
-    if volatility == 0:
-        raise InputError("the close never moves: a random walk has no scale here", code="no_movement", column="close")
-    steps = np.sqrt(np.arange(1, horizon + 1))
-    return RandomWalk(np.full(horizon, float(close[-1])), volatility * steps)
+def realised_volatility(last: float | np.ndarray, closes: np.ndarray) -> np.ndarray:
+    """√Σ(Δ log p)² over the bars of closes [..., H], the step from the last known close included; NaN where a price is
+    not positive."""
+    whole = np.concatenate([np.broadcast_to(np.asarray(last, np.float64), closes.shape[:-1])[..., None], closes], -1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        steps = np.diff(np.log(np.where(whole > 0, whole, np.nan)), axis=-1)
+    return np.sqrt((steps**2).sum(axis=-1))
 
 
 def invalid_share(values: np.ndarray) -> float:

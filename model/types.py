@@ -72,13 +72,35 @@ class Window:
 
 
 @dataclass(frozen=True)
+class AppliedCalibration:
+    """How sampled paths were calibrated: see model.calibration.
+
+    entry: symbol | bar_size | pooled, what the fitted numbers were chosen by. symbol: whose they are, None for several.
+    forecasts: how many they were fitted on. fitted_from, fitted_to: first and last bar of the validation period.
+    fitted_horizon: bars ahead; those beyond it are calibrated like the last ones. *_coverage: nominal → measured share.
+    """
+
+    method: str
+    entry: str
+    symbol: str | None
+    forecasts: int
+    fitted_from: str
+    fitted_to: str
+    fitted_horizon: int
+    raw_coverage: dict[str, float]
+    calibrated_coverage: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Paths:
     """All sampled futures of one series.
 
     values: float64 [S, H, 6], in the units of the history.
     tokens: int64 [S, H, 2], the sampled (s1, s2) pairs behind them.
+    calibration: how values were moved; None: they are as sampled.
     """
 
     values: np.ndarray
     tokens: np.ndarray
     window: Window
+    calibration: AppliedCalibration | None = None

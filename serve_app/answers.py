@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from model.types import COLUMNS, Window
+from model.types import COLUMNS, AppliedCalibration, Paths
 from serve_app.jobs import Answered, Bars, Done
 from serve_app.prepare import Prepared
 from serve_app.schemas import ForecastRequest, json_safe_level
@@ -42,7 +42,7 @@ def forecast_json(
     """The answer of /v1/forecast."""
     values, repaired = repaired_values(request, answered.done)
     series = [
-        _series_json(request, item, table, paths.window)
+        _series_json(request, item, table, paths)
         for item, table, paths in zip(items, values, answered.done.paths, strict=True)
     ]
     return {**answer_head(request, items, seed, answered, warning, repaired), "series": series}
@@ -96,7 +96,7 @@ def answer_head(
     }
 
 
-def _series_json(request: ForecastRequest, item: Prepared, values: np.ndarray, window: Window) -> dict[str, Any]:
+def _series_json(request: ForecastRequest, item: Prepared, values: np.ndarray, paths: Paths) -> dict[str, Any]:
     decimals = shown_decimals(values)
     answer: dict[str, Any] = {
         "id": item.id,
@@ -105,13 +105,13 @@ def _series_json(request: ForecastRequest, item: Prepared, values: np.ndarray, w
     }
     if request.return_paths:
         answer["paths"] = [columns_json(path, decimals) for path in values]
-    return {**answer, **series_facts(item, values, window)}
+    return {**answer, **series_facts(item, values, paths)}
 
 
-def series_facts(item: Prepared, values: np.ndarray, window: Window) -> dict[str, Any]:
-    """What an answer says of a series beside its tables. values: [S, H, 6]."""
-    sampling = item.task.sampling
-    return {
+def series_facts(item: Prepared, values: np.ndarray, paths: Paths) -> dict[str, Any]:
+    """What an answer says of a series beside its tables. values: [S, H, 6], as shown; paths: as computed."""
+    sampling, window = item.task.sampling, paths.window
+    facts: dict[str, Any] = {
         "id": item.id,
         "summary": summary(values[:, :, CLOSE], item.candles[:, CLOSE]),
         "window": {"context_used": window.context_used, "slid": window.slid, "policy": window.policy},
@@ -123,6 +123,21 @@ def series_facts(item: Prepared, values: np.ndarray, window: Window) -> dict[str
             "top_p": sampling.top_p,
             "seed": sampling.seed,
         },
+    }
+    if paths.calibration is not None:
+        facts["calibration"] = calibration_json(paths.calibration)
+    return facts
+
+
+def calibration_json(applied: AppliedCalibration) -> dict[str, Any]:
+    return {
+        "method": applied.method,
+        "entry": applied.entry,
+        "symbol": applied.symbol,
+        "forecasts": applied.forecasts,
+        "fitted_on": {"from": applied.fitted_from, "to": applied.fitted_to, "horizon": applied.fitted_horizon},
+        "raw_coverage": applied.raw_coverage,
+        "calibrated_coverage": applied.calibrated_coverage,
     }
 
 

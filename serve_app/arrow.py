@@ -192,8 +192,7 @@ def forecast_table(asked: Asked, answered: Answered, warning: str | None) -> byt
     request, items = asked.body, asked.items
     values, repaired = repaired_values(request, answered.done)
     facts = [
-        series_facts(item, table, paths.window)
-        for item, table, paths in zip(items, values, answered.done.paths, strict=True)
+        series_facts(item, table, paths) for item, table, paths in zip(items, values, answered.done.paths, strict=True)
     ]
     head = {**answer_head(request, items, asked.seed, answered, warning, repaired), "series": facts}
     zone = _zone(items)

@@ -22,7 +22,8 @@ class OriginChangedError(Exception):
 
 def origin(engine: Engine) -> str:
     """Two engines of one origin give the same numbers for the same seed."""
-    return f"{engine.identity.sha256}/{engine.device.device_type}/{engine.device.precision}"
+    calibration = engine.calibration.digest if engine.calibration is not None else "raw"
+    return f"{engine.identity.sha256}/{engine.device.device_type}/{engine.device.precision}/{calibration}"
 
 
 class BarStream:

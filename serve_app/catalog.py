@@ -10,7 +10,7 @@ from pathlib import Path
 from serve_app.config import ALIAS, AppConfig, ModelConfig
 
 FILES = tuple(f"{part}/{name}" for part in ("model", "tokenizer") for name in ("config.json", "model.safetensors"))
-MANIFEST = "SHA256SUMS"
+OPTIONAL = ("SHA256SUMS", "calibration.json")
 FRESH_S = 1.0
 """How old an answer about the file system may be."""
 
@@ -21,7 +21,7 @@ Fingerprint = tuple[tuple[int, int, int], ...]
 class ModelSpec:
     """What decides the numbers of a model. Two that are equal need not be loaded twice.
 
-    settings: without always_on. fingerprint: inode, size and time of change of a found folder's files.
+    settings: without always_on. fingerprint: inode, size, time of change of a found folder's files, optional ones too.
     """
 
     settings: ModelConfig
@@ -76,8 +76,11 @@ def find(root: Path, name: str) -> ModelSpec | None:
         paths = [(folder / part).resolve(strict=True) for part in FILES]
         if not all(path.is_relative_to(base) and path.is_file() for path in paths):
             return None
-        manifest = folder / MANIFEST
-        stats = [path.stat() for path in (*paths, *([manifest] if manifest.is_file() else []))]
+        # What need not be there counts too: a calibration that is fitted later is taken over like new weights.
+        paths += [path for name in OPTIONAL if (path := (folder / name).resolve()).is_file()]
+        if not all(path.is_relative_to(base) for path in paths):
+            return None
+        stats = [path.stat() for path in paths]
     except OSError:
         return None
     fingerprint = tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)

@@ -15,6 +15,7 @@ from model.engine.types import BarsCallback
 from model.errors import ForecastCancelledError, InputError, QueueFullError, RequestTooLargeError
 from model.types import Paths
 from serve_app.bar_stream import BarStream
+from serve_app.calibrating import Calibrated, NotCalibratedError
 from serve_app.jobs import Engine, Failed, Job, Task
 
 
@@ -131,7 +132,13 @@ def _compute(engine: Engine, task: Task, progress: Progress, on_bars: BarsCallba
     try:
         if should_stop():
             raise ForecastCancelledError("stopped before the first step")
-        return engine.forecast(task.series, task.sampling, window=task.window, should_stop=should_stop, on_bars=on_bars)
+        calibrated = None if task.calibrate is None else Calibrated(engine, task)
+        if calibrated is not None and on_bars is not None:
+            on_bars = calibrated.bars(on_bars)
+        paths = engine.forecast(
+            task.series, task.sampling, window=task.window, should_stop=should_stop, on_bars=on_bars
+        )
+        return paths if calibrated is None else calibrated.paths(paths)
     except InputError as error:
         raise _TaskError(task, error) from None
     finally:
@@ -147,7 +154,7 @@ class _TaskError(Exception):
         self.error = error
 
 
-COMPUTING_ERRORS = (ForecastCancelledError, QueueFullError, RequestTooLargeError, _TaskError)
+COMPUTING_ERRORS = (ForecastCancelledError, QueueFullError, RequestTooLargeError, NotCalibratedError, _TaskError)
 """What compute() raises that has an answer: see failed()."""
 
 
@@ -157,6 +164,8 @@ def failed(error: Exception, job: Job) -> Failed:
         return Failed("deadline_passed", "the deadline passed")
     if isinstance(error, QueueFullError):
         return Failed("queue_full", "the engine of this replica is full", retry_after_s=1.0)
+    if isinstance(error, NotCalibratedError):
+        return Failed("not_calibrated", str(error))
     if isinstance(error, RequestTooLargeError):
         return Failed("cost_over_limit", str(error))
     if isinstance(error, _TaskError):

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+from model.calibration import Calibration, load_calibration
 from model.engine.types import BarsCallback
 from model.types import Paths, Sampling, Series, StepCallback, StopCheck
 from serve_app.config import AppConfig, ModelConfig
@@ -21,8 +23,11 @@ REHEARSAL_CACHE_BYTES = 32 * 2**20
 class PredictorEngine:
     """One checkpoint on one device. Thread-safe."""
 
-    def __init__(self, identity: Identity, device: DeviceFacts, predictor: Any) -> None:
+    def __init__(
+        self, identity: Identity, device: DeviceFacts, predictor: Any, calibration: Calibration | None = None
+    ) -> None:
         self.identity = identity
+        self.calibration = calibration
         self._facts = device
         self._predictor = predictor
         # Made here, with its whole cache: what does not fit fails now, and not in somebody's request.
@@ -74,7 +79,7 @@ class EngineFactory:
     def __call__(self, alias: str, settings: ModelConfig) -> Candidate:
         """Blocks until the checkpoint is read and verified. Raises model.errors.CheckpointError."""
         from model.device import resolve_device
-        from model.registry import CheckpointSource, load_checkpoint
+        from model.registry import BUNDLED_FOLDER, CheckpointSource, load_checkpoint
 
         checkpoint = load_checkpoint(
             CheckpointSource(
@@ -86,6 +91,8 @@ class EngineFactory:
                 max_context=settings.max_context,
             )
         )
+        folder = BUNDLED_FOLDER if settings.source == "bundled" else Path(settings.source)
+        calibration = load_calibration(folder, checkpoint.sha256)
         identity = Identity(
             id=alias,
             repo=settings.repo,
@@ -114,7 +121,7 @@ class EngineFactory:
                 cache_bytes=cache_bytes,
                 **options,
             )
-            return PredictorEngine(identity, facts, predictor)
+            return PredictorEngine(identity, facts, predictor, calibration)
 
         weights = sum(
             tensor.nbytes for network in (checkpoint.model, checkpoint.tokenizer) for tensor in network.parameters()

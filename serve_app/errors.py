@@ -27,6 +27,7 @@ STATUS = {
     "method_not_allowed": 405,
     "deadline_passed": 408,
     "body_timeout": 408,
+    "not_calibrated": 409,
     "body_too_large": 413,
     "cost_over_limit": 413,
     "not_json": 415,

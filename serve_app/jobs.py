@@ -11,20 +11,30 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from model.calibration import Calibration
 from model.engine.types import BarsCallback
 from model.types import Paths, Sampling, Series, StepCallback, StopCheck
+
+
+@dataclass(frozen=True)
+class CalibrationKey:
+    """Whose calibration a task wants. symbol: the series' id, None if it has none. bar_seconds: None for one bar."""
+
+    symbol: str | None
+    bar_seconds: int | None
 
 
 @dataclass(frozen=True)
 class Task:
     """One series of a job. The seed is drawn before dispatch, so that a retry gives the numbers of the first try.
 
-    window: a policy as model.engine.types.WindowPolicy.parse reads it.
+    window: a policy as model.engine.types.WindowPolicy.parse reads it. calibrate: None leaves paths as sampled.
     """
 
     series: Series
     sampling: Sampling
     window: str = "exact"
+    calibrate: CalibrationKey | None = None
 
     @property
     def work(self) -> int:
@@ -125,6 +135,7 @@ class Engine(Protocol):
     """One model on one device."""
 
     identity: Identity
+    calibration: Calibration | None
 
     @property
     def device(self) -> DeviceFacts:

@@ -27,6 +27,7 @@ _STATUSES = {
     404: "unknown model or route",
     405: "unknown method of a route",
     408: "a deadline passed, or the body took too long to arrive",
+    409: "the model has no calibration for such a forecast: leave calibrate out",
     413: "body or cost over the limit",
     415: "neither JSON nor, for a forecast, Arrow; or a Content-Encoding",
     422: "field errors, at most 20, each with its place",

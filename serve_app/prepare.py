@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from model.calendars import CalendarError, future_times, parse_freq, require_known
+from model.calibration import usual_bar_seconds
 from model.frames import clock_marks
 from model.types import Sampling, Series
 from serve_app.candles import candle_matrix, range_faults
 from serve_app.config import Defaults, Limits
 from serve_app.errors import MAX_FIELD_ERRORS, FieldError, Loc, invalid_fields
-from serve_app.jobs import Task
+from serve_app.jobs import CalibrationKey, Task
 from serve_app.schemas import ForecastRequest, ForecastSeries, PredictRequest
 from serve_app.times import Times, follow_faults
 
@@ -114,7 +115,10 @@ def _forecast_series(
         return None, faults
     name = str(loc[-1]) if series.id is None else series.id
     window = series.window or request.window or defaults.window
-    task = _task(candles, series.timestamps, future, sampling, window)
+    key = None
+    if request.calibrate:
+        key = CalibrationKey(series.id, usual_bar_seconds(series.timestamps.local))
+    task = _task(candles, series.timestamps, future, sampling, window, key)
     return Prepared(name, task, candles, texts, future, series.timestamps.offset), []
 
 
@@ -179,9 +183,16 @@ def _sampling(layers: Sequence[Any], defaults: Defaults, seed: int) -> Sampling:
     )
 
 
-def _task(candles: np.ndarray, times: Times, future: np.ndarray, sampling: Sampling, window: str) -> Task:
+def _task(
+    candles: np.ndarray,
+    times: Times,
+    future: np.ndarray,
+    sampling: Sampling,
+    window: str,
+    calibrate: CalibrationKey | None = None,
+) -> Task:
     series = Series(candles.astype(np.float32), clock_marks(times.local), clock_marks(future))
-    return Task(series, sampling, window)
+    return Task(series, sampling, window, calibrate)
 
 
 def require_count(loc: Loc, count: int, limits: Limits) -> None:

@@ -206,6 +206,11 @@ class ForecastRequest(Body):
     quantiles: Quantiles = Field(default=[0.1, 0.5, 0.9], min_length=1)
     return_paths: bool = False
     repair: str = Field(default="off", description='"ohlc" makes every path a valid candle, "off" does not')
+    calibrate: bool = Field(
+        default=False,
+        description="move the sampled prices by the calibration that was fitted for the model and the series' id; 409 "
+        "for a model without one",
+    )
     stream: bool = Field(
         default=False, description="server-sent events: bars as they become final, then the whole answer"
     )
@@ -266,6 +271,18 @@ class Parameters(BaseModel):
     seed: int
 
 
+class CalibrationOut(BaseModel):
+    """entry: symbol, bar_size or pooled, what the fitted numbers were chosen by. Coverage: nominal → measured share."""
+
+    method: str
+    entry: str
+    symbol: str | None
+    forecasts: int
+    fitted_on: dict[str, Any]
+    raw_coverage: dict[str, float]
+    calibrated_coverage: dict[str, float]
+
+
 class SeriesForecast(BaseModel):
     id: str
     timestamps: list[str]
@@ -275,6 +292,7 @@ class SeriesForecast(BaseModel):
     summary: Summary
     window: WindowOut
     parameters: Parameters
+    calibration: CalibrationOut | None = None
 
 
 class ForecastBars(BaseModel):

@@ -25,6 +25,7 @@ class SlowEngine:
     def __init__(self, alias, revision, device=CPU):
         digest = hashlib.sha256(f"{alias}@{revision}".encode()).hexdigest()
         self.identity = Identity(alias, "local", revision, digest, 1, 512, "slow", "slow")
+        self.calibration = None
         self.device = device
         self.steps = 0
         self._busy = 0

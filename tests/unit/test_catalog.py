@@ -80,3 +80,17 @@ def test_a_root_that_does_not_exist(tmp_path):
     models = catalog(tmp_path / "absent")
     assert models.get("x") is None
     assert list(models.all()) == ["kronos-bundled"]
+
+
+def test_a_calibration_that_comes_later_is_taken_over(golden, root, tmp_path):
+    put(golden, root / "mine")
+    models = catalog(root)
+    before = models.get("mine")
+    (root / "mine" / "calibration.json").write_text("{}")
+    after = models.get("mine")
+    assert after != before
+    # A link that leads out of the root is not followed, whatever it is for.
+    (tmp_path / "outside.json").write_text("{}")
+    (root / "mine" / "calibration.json").unlink()
+    (root / "mine" / "calibration.json").symlink_to(tmp_path / "outside.json")
+    assert models.get("mine") is None

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from cluster.bars import SymbolBars, bars_from_frame, frame_from_bars, read_bars
 from cluster.config import parse_config
-from cluster.data import SplitBars, WindowSet, WindowStream, fixed_subset, load_splits, split_by_time
+from cluster.data import (
+    SplitBars,
+    WindowSet,
+    WindowStream,
+    describe_splits,
+    fixed_subset,
+    load_splits,
+    split_by_time,
+)
 from cluster.simulate import simulate
 from model.errors import InputError
 from model.frames import normalise, time_marks
@@ -273,3 +281,198 @@ def test_sources_of_the_configuration(tmp_path):
     )
     assert {name: len(split.series) for name, split in simulated.items()} == {"train": 3, "validation": 2}
     assert not np.array_equal(simulated["train"].series[0].candles, simulated["validation"].series[0].candles)
+
+
+def parse_data(**data):
+    """A data section, checked as part of a whole configuration."""
+    stage = {"phases": [{"steps": 1, "window": 16, "batch_size": 2}]}
+    return parse_config({"run": {"name": "x", "output": "out"}, "data": data, "tokenizer": stage}).data
+
+
+def file_source(path, **options):
+    return {"kind": "file", "path": path if isinstance(path, list) else str(path)} | options
+
+
+def test_shares_of_the_calendar(tmp_path):
+    """The first 70 % train, the last 15 % test, at the same moments for a symbol that begins later."""
+    candle_frame(1000).to_csv(tmp_path / "old.csv", index=False)
+    candle_frame(1000)[900:].to_csv(tmp_path / "young.csv", index=False)
+    data = parse_data(source=file_source(tmp_path, validation_share=0.15, test_share=0.15))
+    splits = load_splits(data)
+    assert {name: [len(b) for b in split.series] for name, split in splits.items()} == {
+        "train": [700, 0],
+        "validation": [850, 0],
+        "test": [1000, 100],
+    }
+    start = np.datetime64("2024-01-01")
+    assert splits["test"].begins == splits["validation"].ends == start + np.timedelta64(850, "h")
+    assert describe_splits(data) == {
+        "validation_from": str(splits["validation"].begins.astype("datetime64[s]")),
+        "test_from": str(splits["test"].begins.astype("datetime64[s]")),
+    }
+    assert list(load_splits(parse_data(source=file_source(tmp_path, validation_share=0.2)))) == ["train", "validation"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"give validation_from .* or validation_share"),
+        ({"test_share": 0.1}, r"give validation_from .* or validation_share"),
+        ({"validation_share": 0.6, "test_share": 0.5}, "nothing to train on"),
+        ({"validation_share": 0.2, "test_from": "2024-01-02"}, "not a mixture"),
+        ({"validation_share": 1.5}, r"data\.source\.validation_share: .* less than 1"),
+        ({"validation_from": "2024-01-02", "embargo_bars": -1}, r"data\.source\.embargo_bars"),
+        ({"validation_from": "2024-01-02", "embargo": 1}, "the nearest known one is 'embargo_bars'"),
+    ],
+)
+def test_splits_that_make_no_sense_are_refused(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        parse_data(source=file_source(tmp_path, **options))
+
+
+def test_shares_that_leave_a_split_empty_are_refused(tmp_path):
+    candle_frame(5).to_csv(tmp_path / "bars.csv", index=False)
+    with pytest.raises(InputError, match="5 bar times cannot be split into shares"):
+        load_splits(parse_data(source=file_source(tmp_path, validation_share=0.05)))
+
+
+def test_a_boundary_with_a_time_zone_is_read_in_utc(tmp_path):
+    frame = candle_frame(100)
+    frame["timestamps"] = frame["timestamps"].dt.tz_localize("UTC")
+    frame.to_parquet(tmp_path / "bars.parquet")
+    data = parse_data(source=file_source(tmp_path, validation_from="2024-01-03T09:00:00+09:00"))
+    assert len(load_splits(data)["train"].series[0]) == 48
+
+
+@pytest.mark.parametrize("embargo", [0, 5])
+def test_embargoed_bars_are_scored_by_nobody(embargo):
+    cut, test = np.datetime64("2024-01-03"), np.datetime64("2024-01-04")  # rows 48 and 72
+    splits = split_by_time(series_of(symbols=1), [cut, test], embargo_bars=embargo)
+    scored = {}
+    for name, split in splits.items():
+        windows = WindowSet(split, 12, min_context=4)
+        batch = windows.batch(np.arange(len(windows)), np.full(len(windows), 4))
+        rows = windows.start[:, None] + np.arange(12)
+        scored[name] = set(rows[batch.scored].tolist())
+        own = {"train": (0, 48), "validation": (48 + embargo, 72), "test": (72 + embargo, 100)}[name]
+        last = windows.start + 11
+        assert last.min() >= max(own[0], 11)
+        assert last.max() < own[1]
+    assert scored["train"] == set(range(4, 48))
+    assert scored["validation"] == set(range(48 + embargo, 72))
+    assert scored["test"] == set(range(72 + embargo, 100))
+
+
+def test_purged_windows_lie_in_one_split():
+    cut = np.datetime64("2024-01-03")
+    [symbol] = series_of(symbols=1)
+    purged = WindowSet(
+        split_by_time([symbol], [cut], embargo_bars=3, reach_back=False)["validation"], 12, min_context=4
+    )
+    assert purged.start.min() == 48 + 3
+
+
+def test_only_training_is_filtered_and_all_splits_mind_gaps(tmp_path):
+    frame = candle_frame(300)
+    frame.loc[100:129, "volume"] = 0.0
+    frame.loc[200:229, "volume"] = 0.0
+    frame.drop(index=range(250, 255)).to_csv(tmp_path / "bars.csv", index=False)
+    source = file_source(tmp_path / "bars.csv", validation_from="2024-01-07")  # row 144
+    plain, ruled = (load_splits(parse_data(source=source, **more)) for more in ({}, {"filter": {}, "max_gap_bars": 2}))
+    count = {
+        name: [len(WindowSet(splits[name], 10, min_context=4)) for splits in (plain, ruled)]
+        for name in ("train", "validation")
+    }
+    assert count["train"] == [135, 135 - 39]
+    assert count["validation"] == [151, 151 - 9]
+
+
+@pytest.mark.verify("V8")
+def test_v8_every_window_once_an_epoch_for_any_workers_and_any_change_of_them(figure):
+    """Counted are the windows that workers get, told by their bars' times, not the numbers that the stream gives."""
+    series = [
+        b for i in range(4) for b in bars_from_frame(candle_frame(60, f"2024-0{i + 1}-01").assign(symbol=f"S{i}"))
+    ]
+    windows = WindowSet(SplitBars("train", series), 16, min_context=4)
+    n, epochs, batch_size = len(windows), 3, 8
+    assert n % batch_size != 0  # batches straddle epochs
+    whole = windows.batch(np.arange(n), np.full(n, 15))
+    number_of = {marks.tobytes(): i for i, marks in enumerate(whole.marks)}
+    assert len(number_of) == n
+    steps = n * epochs // batch_size
+    orders = {}
+    plans = {"1": [1], "2": [2], "4": [4], "elastic 1 → 4 → 2 → 3": [1, 4, 2, 3]}
+    for label, plan in plans.items():
+        seen = []
+        for step in range(steps):
+            # A new worker joins: nobody keeps anything from before.
+            world = plan[step * len(plan) // steps]
+            batches = [WindowStream(windows, 5, batch_size).batch(step, rank, world) for rank in range(world)]
+            shares = [[number_of[marks.tobytes()] for marks in batch.marks] for batch in batches]
+            seen += [shares[place % world][place // world] for place in range(batch_size)]
+        orders[label] = seen
+        for epoch in range(epochs - 1):
+            assert sorted(seen[epoch * n : (epoch + 1) * n]) == list(range(n)), (label, epoch)
+    assert all(order == orders["1"] for order in orders.values())
+    repeated = max(n - len(set(order[e * n : (e + 1) * n])) for order in orders.values() for e in range(epochs - 1))
+    figure(
+        f"{n} windows × {epochs - 1} epochs, workers {', '.join(plans)}: {repeated} missing or repeated, "
+        f"{len({tuple(o) for o in orders.values()})} global order",
+        "0 missing or repeated, 1 order",
+    )
+
+
+@pytest.mark.verify("V9")
+def test_v9_nothing_after_a_split_reaches_training_and_no_horizon_its_statistics(tmp_path, figure):
+    """Every bar after the boundary changes, in the file; then every bar after a context does."""
+    frame = pd.concat([candle_frame(300, seed=i).assign(symbol=f"S{i}") for i in range(3)], ignore_index=True)
+    cut = pd.Timestamp("2024-01-09")
+    changed = frame.copy()
+    later = changed["timestamps"] >= cut
+    rng = np.random.default_rng(1)
+    changed.loc[later, ["open", "high", "low", "close", "volume"]] = rng.uniform(1, 900, (int(later.sum()), 5))
+    batches, splits = [], []
+    for number, one in enumerate((frame, changed)):
+        one.to_csv(tmp_path / f"{number}.csv", index=False)
+        data = parse_data(
+            source=file_source(tmp_path / f"{number}.csv", validation_from=str(cut)),
+            filter={"jump": 0.5},
+            max_gap_bars=3,
+        )
+        splits.append(load_splits(data))
+        windows = WindowSet(splits[-1]["train"], 24, min_context=6)
+        stream = WindowStream(windows, seed=3, batch_size=16)
+        batches.append([stream.batch(step) for step in range(2 * len(windows) // 16)])
+    fields = ("x", "marks", "context", "scored")
+    differing = sum(
+        getattr(a, name).tobytes() != getattr(b, name).tobytes()
+        for a, b in zip(*batches, strict=True)
+        for name in fields
+    )
+    assert differing == 0
+    # The change is real: validation, which lies after the boundary, sees it.
+    first, second = (WindowSet(s["validation"], 24, min_context=6) for s in splits)
+    every = np.arange(len(first))
+    assert (
+        first.batch(every, np.full(len(every), 6)).x.tobytes()
+        != second.batch(every, np.full(len(every), 6)).x.tobytes()
+    )
+
+    other = 0
+    for context in range(6, 24):
+        [bars] = series_of(24, symbols=1)
+        future = bars.candles.copy()
+        future[context:] = rng.uniform(1, 900, future[context:].shape)
+        x = [
+            WindowSet(SplitBars("train", [SymbolBars("S", bars.times, candles, bars.marks)]), 24, min_context=6)
+            .batch(np.array([0]), np.array([context]))
+            .x[0, :context]
+            for candles in (bars.candles, future)
+        ]
+        other += x[0].tobytes() != x[1].tobytes()
+    assert other == 0
+    figure(
+        f"{len(batches[0])} train batches with all {int(later.sum())} later bars changed: {differing} arrays differ; "
+        f"18 horizons changed: {other} contexts differ",
+        "0 and 0, byte for byte",
+    )

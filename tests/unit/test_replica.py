@@ -34,6 +34,7 @@ class FakeEngine:
 
     def __init__(self, alias, step_s=0.0):
         self.identity = Identity(alias, "local", None, "0" * 64, 1, 512, "m", "t")
+        self.calibration = None
         self.device = FACTS
         self.step_s = step_s
         self.steps = 0

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from cluster import evaluate
+from cluster import card_scores, evaluate
+from cluster.baselines import random_walk
 from cluster.card import write_card
 from cluster.scores import (
     covered,
@@ -17,7 +18,6 @@ from cluster.scores import (
     crps_of_samples,
     invalid_share,
     paired_ratio,
-    random_walk,
 )
 from cluster.simulate import simulate
 from model.errors import InputError
@@ -61,8 +61,8 @@ def test_random_walk_is_calibrated_on_a_random_walk():
     for _ in range(1500):
         price = 100 + np.cumsum(rng.normal(size=200 + horizon))
         walk = random_walk(price[:200], horizon)
-        scores.append(crps_of_normal(walk.mean, walk.std, price[200:]))
-        inside.append(np.abs(price[200:] - walk.mean) <= 1.2815515655446004 * walk.std)
+        scores.append(crps_of_normal(walk.centre, walk.std, price[200:]))
+        inside.append(np.abs(price[200:] - walk.centre) <= 1.2815515655446004 * walk.std)
     expected = np.sqrt(np.arange(1, horizon + 1) / math.pi)
     np.testing.assert_allclose(np.mean(scores, axis=0), expected, rtol=0.06)
     assert np.mean(inside) == pytest.approx(0.8, abs=0.02)
@@ -119,8 +119,8 @@ def tokenizer():
 
 
 def test_evaluation_of_the_baseline_gives_the_baseline(tokenizer):
-    setting = evaluate.Setting(windows=400, history=60, horizon=12, samples=20)
-    scores = evaluate.score(RandomWalkForecaster(tokenizer), "toy", simulate(8, 400, 72), setting)
+    setting = card_scores.Setting(windows=400, history=60, horizon=12, samples=20)
+    scores = card_scores.score(RandomWalkForecaster(tokenizer), "toy", simulate(8, 400, 72), setting)
     assert scores.windows == 400
     assert [h.horizon for h in scores.horizons] == [1, 12]
     for horizon in scores.horizons:
@@ -134,11 +134,11 @@ def test_evaluation_of_the_baseline_gives_the_baseline(tokenizer):
 
 def test_windows_are_spread_over_all_series():
     series = simulate(8, 10, 100)
-    chosen = evaluate.pick_windows(series, evaluate.Setting(windows=10, history=60, horizon=12))
+    chosen = card_scores.pick_windows(series, card_scores.Setting(windows=10, history=60, horizon=12))
     assert len({bars.symbol for bars, _ in chosen}) == 10
     assert all(start + 72 <= 100 for _, start in chosen)
     with pytest.raises(InputError, match="no series has the 201 bars"):
-        evaluate.pick_windows(series, evaluate.Setting(windows=10, history=200, horizon=1))
+        card_scores.pick_windows(series, card_scores.Setting(windows=10, history=200, horizon=1))
 
 
 def test_card_says_what_was_measured_and_what_is_missed(tmp_path, tokenizer):
@@ -206,5 +206,5 @@ def test_card_says_what_was_measured_and_what_is_missed(tmp_path, tokenizer):
 
 
 def test_the_command_says_what_is_missing(tmp_path, capsys):
-    assert evaluate.main(["--bundle", str(tmp_path / "absent")]) == 2
+    assert evaluate.main(["--bundle", str(tmp_path / "absent"), "--card", str(tmp_path / "README.md")]) == 2
     assert "absent" in capsys.readouterr().err

@@ -1,0 +1,187 @@
+"""Makes a bundle of what a training run wrote: verified, described, and served by its folder's name.
+
+    python -m cluster.export runs/mine/output models/mine
+
+Under the server's models_root it is listed and served at once, without a restart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from cluster.bundle import (
+    CARD_FILE,
+    REPORT_FILE,
+    check_name,
+    copy_networks,
+    new_folder,
+    open_bundle,
+    pair_sha256,
+    read_json,
+    verify_bundle,
+    write_json,
+    write_manifest,
+)
+from cluster.bundle_card import bundle_card
+from cluster.card import TRAINING_FILE
+from cluster.data import describe_splits
+from cluster.data_config import DataConfig
+from cluster.redact import redact
+from cluster.sources import describe_source
+from model.calibration import CALIBRATION_FILE
+from model.checkpoint import resolve_folder
+from model.errors import CheckpointError, InputError, KronosError
+from model.registry import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def export(
+    run_output: Path,
+    destination: Path,
+    *,
+    name: str | None = None,
+    report: Path | None = None,
+    calibration: Path | None = None,
+    replace: bool = False,
+) -> Checkpoint:
+    """Writes the bundle and returns it as the server would load it.
+
+    run_output: run.output of the training run: model/, training.json, and tokenizer/ or a record of where it is.
+    name: in the card; default: the folder's. report, calibration: files to take along; default: those in run_output.
+    Atomic: destination is not there, or is what it was, until all is written and verified. Raises InputError, or a
+    CheckpointError for weights that do not make a working model.
+    """
+    check_name(destination.name)
+    if not (run_output / TRAINING_FILE).is_file():
+        text = f"there is no {run_output / TRAINING_FILE}: give run.output of a training run"
+        raise InputError(text, code="no_such_file")
+    training = read_json(run_output / TRAINING_FILE)
+    networks = {"model": run_output / "model", "tokenizer": _tokenizer_of(run_output, training)}
+    with new_folder(destination, replace=replace) as folder:
+        copy_networks(networks, folder)
+        sha256 = pair_sha256(folder / "model", folder / "tokenizer")
+        record = redact(training) | {
+            "sha256": sha256,
+            "data": _data_of(training),
+            "parent": parent_of(training, networks["tokenizer"]),
+        }
+        write_json(folder / TRAINING_FILE, record)
+        for file, given in ((REPORT_FILE, report), (CALIBRATION_FILE, calibration)):
+            source = given or run_output / file
+            if given is not None or source.is_file():
+                read_json(source)
+                shutil.copyfile(source, folder / file)
+        numbers = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else None
+        if numbers is not None:
+            require_same_weights(numbers, sha256)
+        card = bundle_card(name or destination.name, folder, record, numbers)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
+        write_manifest(folder)
+        verify_bundle(folder)
+    return open_bundle(destination)
+
+
+def require_same_weights(report: dict[str, Any], sha256: str) -> None:
+    """Raises InputError if a report is about other weights."""
+    measured = (report.get("model") or {}).get("sha256")
+    if measured != sha256:
+        raise InputError(
+            f"the report is about weights {str(measured)[:12]}, and these are {sha256[:12]}: evaluate these",
+            code="other_weights",
+        )
+
+
+def _tokenizer_of(run_output: Path, training: dict[str, Any]) -> Path:
+    """The run's own tokenizer, else the one that it was trained with."""
+    if (run_output / "tokenizer").is_dir():
+        return run_output / "tokenizer"
+    used = ((training.get("config") or {}).get("predictor") or {}).get("tokenizer")
+    if used is None or not Path(used).is_dir():
+        raise InputError(
+            f"{run_output} has no tokenizer/" + (f", and {used} is not there" if used else "")
+            + ": put the tokenizer that the model was trained with there",
+            code="no_such_file",
+        )  # fmt: skip
+    return Path(used)
+
+
+def parent_of(training: dict[str, Any], tokenizer: Path) -> dict[str, Any] | None:
+    """{"name", "sha256"} of what training began from; None if it began from nothing.
+
+    sha256 is that of the pair: the parent's model with the tokenizer beside it, or with the one that was trained with.
+    It is None where those weights cannot be found any more.
+    """
+    began = ((training.get("config") or {}).get("predictor") or {}).get("init_from")
+    if began is None:
+        return None
+    model = Path(began)
+    name = model.parent.name if model.name == "model" else model.as_posix()
+    beside = model.parent / "tokenizer"
+    try:
+        found = resolve_folder(began)
+        return {"name": name, "sha256": pair_sha256(found, beside if beside.is_dir() else tokenizer)}
+    except (CheckpointError, OSError) as error:
+        logger.warning("the parent %s is not there any more, its sha256 is not recorded: %s", began, error)
+        return {"name": name, "sha256": None}
+
+
+def _data_of(training: dict[str, Any]) -> dict[str, Any] | None:
+    """{"sha256", "validation_from", "test_from", …} of the data; what the run did not record is looked up now.
+
+    None where neither the record nor the files are there.
+    """
+    raw = (training.get("config") or {}).get("data")
+    known = {"sha256": training["data_sha256"], "hashed": "in training"} if "data_sha256" in training else None
+    if raw is None:
+        return known
+    try:
+        config = DataConfig.model_validate(raw)
+        now = describe_source(config.source)
+        if known is not None and known["sha256"] != now["sha256"]:
+            raise InputError("its files have changed since", code="changed")
+        return now | {"hashed": "at export"} | (known or {}) | describe_splits(config)
+    except (InputError, ValidationError, OSError) as error:
+        logger.warning("the data of the run cannot be read any more, its description is shorter: %s", error)
+        return known
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.export",
+        description="Make a bundle of a training run: a folder that the server serves by its name as soon as it lies "
+        "under models_root.",
+    )
+    parser.add_argument("run_output", type=Path, metavar="RUN_OUTPUT", help="run.output of the training run")
+    parser.add_argument("destination", type=Path, metavar="DESTINATION", help="the bundle's folder, MODELS_ROOT/NAME")
+    parser.add_argument("--name", help="in the card; default: the destination's name")
+    parser.add_argument("--report", type=Path, help="report.json of cluster.evaluate; default: RUN_OUTPUT's, if any")
+    parser.add_argument("--calibration", type=Path, help="calibration.json; default: RUN_OUTPUT's, if any")
+    parser.add_argument("--replace", action="store_true", help="replace a bundle that is there")
+    given = parser.parse_args(arguments)
+    try:
+        made = export(
+            given.run_output,
+            given.destination,
+            name=given.name,
+            report=given.report,
+            calibration=given.calibration,
+            replace=given.replace,
+        )
+    except (KronosError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{given.destination}: {made.parameters:,} weights, sha256 {made.sha256}, loaded and forecast once")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

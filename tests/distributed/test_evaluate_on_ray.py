@@ -1,0 +1,52 @@
+"""Walk-forward forecasts on Ray actors: the same numbers as in one process."""
+
+import numpy as np
+import pytest
+import ray
+
+from cluster.simulate import simulate
+from cluster.walk_forward import ModelChoice, WalkForward, forecast_all, pick_windows
+from model.errors import CheckpointNotFoundError, InputError
+
+
+@pytest.fixture(scope="module")
+def choice(tmp_path_factory, golden):
+    folder = tmp_path_factory.mktemp("bundle")
+    for part in ("model", "tokenizer"):
+        (folder / part).symlink_to(golden / part)
+    return ModelChoice(str(folder), device="cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster():
+    """One for all tests: forecasts join the cluster that this process is connected to."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+SETTING = WalkForward(history=40, horizon=6, samples=32, every=6, seed=3)
+
+
+def closes(choice, windows, workers):
+    told = []
+    parts = list(forecast_all(choice, windows, SETTING, workers=workers, on_done=told.append))
+    assert [part.first for part in parts] == [8 * i for i in range(len(parts))]
+    assert told[-1] == len(windows)
+    return np.concatenate([part.closes for part in parts])
+
+
+def test_any_number_of_workers_gives_the_same_numbers(choice):
+    windows = pick_windows(simulate(5, 3, 130, bar_minutes=(60,)), SETTING).chosen
+    here = closes(choice, windows, 0)
+    assert here.shape == (len(windows), 32, 6)
+    for workers in (1, 2):
+        np.testing.assert_array_equal(closes(choice, windows, workers), here)
+
+
+def test_what_cannot_run_is_said_and_nothing_waits(choice):
+    windows = pick_windows(simulate(5, 3, 130, bar_minutes=(60,)), SETTING).chosen
+    with pytest.raises(InputError, match=r"need \d+ CPUs and the cluster has"):
+        list(forecast_all(ModelChoice(choice.model, device="cpu", threads=64), windows, SETTING, workers=2))
+    with pytest.raises((CheckpointNotFoundError, InputError)):
+        list(forecast_all(ModelChoice("nowhere", device="cpu"), windows, SETTING, workers=1))
