@@ -28,7 +28,8 @@ import torch
 
 from benchmarks.records import table, write
 from benchmarks.shapes import CONTEXT, random_frame, save_pair
-from cluster.batch import BatchConfig, run_batch
+from cluster.batch import run_batch
+from cluster.batch_config import BatchConfig
 from cluster.batch_files import Layout
 from cluster.batch_forecaster import CPU_ROWS, Work, cache_bytes, symbol_seed
 from cluster.batch_symbols import HistoryRules, symbol_history

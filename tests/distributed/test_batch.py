@@ -15,7 +15,8 @@ import psutil
 import pytest
 import ray
 
-from cluster.batch import main, parse_arguments, run_batch
+from cluster.batch import main, run_batch
+from cluster.batch_config import parse_arguments
 from cluster.batch_forecaster import symbol_seed
 from model.predictor import KronosPredictor
 from model.registry import load_checkpoint, named_source
@@ -132,7 +133,7 @@ def test_a_wide_table_gives_the_numbers_of_the_long_one(undisturbed, table, mode
 
 @pytest.mark.slow
 def test_large_files_divided_by_symbol_give_the_same_numbers(undisturbed, table, model, tmp_path):
-    config = parse_arguments(arguments(table, tmp_path / "out", model, symbols_per_part=2))
+    config = parse_arguments(arguments(table, tmp_path / "out", model, symbols_per_part=2), None)
     assert run_batch(dataclasses.replace(config, spread_bytes=5000)).computed == len(LENGTHS)
     same(pd.read_parquet(tmp_path / "out").sort_values(["symbol", "step"], ignore_index=True), undisturbed)
     assert not (tmp_path / "out" / "_spread").exists()
