@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from itertools import accumulate
@@ -33,6 +34,9 @@ def ray_train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     import ray.train
     import ray.train.torch
 
+    if Path(settings["directory"]).is_dir():
+        # Ray Train starts workers elsewhere, and the paths of the configuration are the driver's.
+        os.chdir(settings["directory"])
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if settings["use_gpu"] else resolve_device(settings["device"])[0]
     group = Group(context.get_world_rank(), context.get_world_size(), device)

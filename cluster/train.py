@@ -141,6 +141,7 @@ def _train_stage(config: TrainConfig, stage: str, tokenizer: Path | None, signal
         "use_gpu": placement.use_gpu,
         "device": placement.device,
         "run_folder": str(folder),
+        "directory": str(Path.cwd()),
         "fingerprint": mark,
     }
     signals.watch(folder / STOP_FILE)
