@@ -152,6 +152,7 @@ def _train_stage(config: TrainConfig, stage: str, tokenizer: Path | None, signal
     if "error" in outcome:
         raise outcome["error"]
     if outcome["stopped"]:
+        (folder / STOP_FILE).unlink(missing_ok=True)
         logger.warning("%s: stopped at step %d of %d", stage, outcome["steps"], options.steps)
         signals.came = True
         signals.check()
