@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import ray
 
+from cluster.forecasting import ModelChoice, forecast_all
 from cluster.simulate import simulate
-from cluster.walk_forward import ModelChoice, WalkForward, forecast_all, pick_windows
+from cluster.walk_forward import WalkForward, pick_windows
 from model.errors import CheckpointNotFoundError, InputError
 
 

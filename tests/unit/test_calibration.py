@@ -8,8 +8,9 @@ import pytest
 
 from cluster import calibration as fitting
 from cluster.bars import SymbolBars
+from cluster.forecasting import ModelChoice
 from cluster.scores import covered
-from cluster.walk_forward import ModelChoice, WalkForward
+from cluster.walk_forward import WalkForward
 from model.calibration import CALIBRATION_FILE, load_calibration, parse_calibration, typical_move, usual_bar_seconds
 from model.errors import CheckpointMismatchError, InputError
 
