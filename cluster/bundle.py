@@ -23,7 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from cluster.files import sha256_of
 from cluster.simulate import simulate
+from model.calibration import load_calibration
 from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from model.errors import CheckpointMismatchError, InputError
 from model.predictor import KronosPredictor
@@ -31,7 +33,7 @@ from model.registry import MANIFEST_FILE, Checkpoint, CheckpointSource, load_che
 from model.types import Sampling, Series
 
 NETWORKS = ("tokenizer", "model")
-CARD_FILE, REPORT_FILE, CALIBRATION_FILE = "README.md", "report.json", "calibration.json"
+CARD_FILE, REPORT_FILE = "README.md", "report.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Names that the server takes."""
 
@@ -110,18 +112,13 @@ def copy_networks(sources: dict[str, Path], folder: Path) -> None:
 def write_manifest(folder: Path) -> None:
     """SHA256SUMS of everything but the card, as sha256sum writes it."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    lines = [f"{file_sha256(folder / name)}  {name}\n" for name in files if name not in (MANIFEST_FILE, CARD_FILE)]
+    lines = [f"{sha256_of(folder / name)}  {name}\n" for name in files if name not in (MANIFEST_FILE, CARD_FILE)]
     (folder / MANIFEST_FILE).write_text("".join(lines), encoding="utf-8")
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def pair_sha256(model: Path, tokenizer: Path) -> str:
     """What model.registry calls the sha256 of a model and its tokenizer, from their folders."""
-    digests = "".join(file_sha256(folder / WEIGHTS_FILE) for folder in (model, tokenizer))
+    digests = "".join(sha256_of(folder / WEIGHTS_FILE) for folder in (model, tokenizer))
     return hashlib.sha256(digests.encode()).hexdigest()
 
 
@@ -133,11 +130,12 @@ def open_bundle(folder: Path) -> Checkpoint:
 
 
 def verify_bundle(folder: Path) -> Checkpoint:
-    """Loads a bundle as the server does, manifest included, and makes one forecast on the CPU.
+    """Loads a bundle as the server does, manifest and calibration included, and makes one forecast on the CPU.
 
-    Raises a CheckpointError, also if the forecast is not finite.
+    Raises a CheckpointError, also if the forecast is not finite or the calibration is one of other weights.
     """
     checkpoint = open_bundle(folder)
+    load_calibration(folder, checkpoint.sha256)
     predictor = KronosPredictor(checkpoint.model, checkpoint.tokenizer, device="cpu", precision="fp32")
     [bars] = simulate(0, 1, 40)
     series = Series(bars.candles[:32], bars.marks[:32], bars.marks[32:])

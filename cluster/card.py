@@ -70,11 +70,16 @@ def _how_made(training: dict[str, Any]) -> str:
 ```
 
 Data: {data} Seed of the run: {training["config"]["run"]["seed"]}.
-{training["config"]["run"]["num_workers"]} worker(s) on {training["device"]}, torch {training["torch"]}.
-
+{training["config"]["training"]["num_workers"]} worker(s) on {training["device"]}, torch {training["torch"]}.
+{_warnings(training)}
 | stage | weights | steps | bars read | minutes (wall) | validation loss |
 |---|---|---|---|---|---|
 {rows}"""
+
+
+def _warnings(training: dict[str, Any]) -> str:
+    """What the run gave up, such as a GPU that was asked for and absent."""
+    return "".join(f"\n**Warning of the run:** {warning}.\n" for warning in training.get("warnings", []))
 
 
 def _measured(numbers: dict[str, Any]) -> str:

@@ -122,9 +122,9 @@ def _left_out(report: DataReport) -> list[str]:
 def _sums(report: DataReport) -> list[str]:
     totals = report.totals()
     lines = [
-        f"{totals['missing_bars']:,} bars missing in {totals['gaps']:,} gaps inside sessions; "
-        f"{totals['pauses']:,} pauses between sessions ({totals['short_sessions']:,} short sessions, "
-        f"{totals['closed_days']:,} weekdays without bars), which are no faults"
+        f"gaps inside sessions: {totals['gaps']:,}, {totals['missing_bars']:,} bars missing",
+        f"pauses between sessions, no faults: {totals['pauses']:,}; short sessions: {totals['short_sessions']:,} "
+        f"({totals['short_session_bars']:,} bars missing); weekdays without bars: {totals['closed_days']:,}",
     ]
     for name, split in report.splits.items():
         since = f" from {split['begins']}" if split["begins"] else ""

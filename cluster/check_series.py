@@ -48,7 +48,7 @@ class SymbolReport:
 
     first, last: ISO times, UTC if there is a zone. bar_seconds: usual distance of bars; regular: share of the steps
     inside sessions that have it. missing_bars: inside sessions, in `gaps` places; pauses: nights, lunch breaks and
-    weekends; short_sessions: began late or ended early; closed_days: weekdays without a bar, holidays or not.
+    weekends; short_sessions: began late or ended early, by short_session_bars; closed_days: weekdays without a bar.
     jumps, stagnant_bars, zero_volume, bad_candles: bars. memory_bytes: of its arrays, in every worker.
     """
 
@@ -65,6 +65,7 @@ class SymbolReport:
     missing_bars: int = 0
     pauses: int = 0
     short_sessions: int = 0
+    short_session_bars: int = 0
     closed_days: int = 0
     duplicates: int = 0
     unsorted: int = 0
@@ -115,9 +116,9 @@ class SeriesCheck:
             FAULT, "duplicate_times", "the time of an earlier bar", "keep one bar per time", places[again],
             self.options.time_column,
         )  # fmt: skip
-        latest = np.maximum.accumulate(stamps) if len(stamps) else stamps
+        back = np.concatenate([[False], stamps[1:] < stamps[:-1]]) if len(stamps) else again
         self.report.unsorted = self._add(
-            FAULT, "unsorted_times", "earlier than a bar before it", "sort the rows by time", places[stamps < latest],
+            FAULT, "unsorted_times", "earlier than the bar before it", "sort the rows by time", places[back],
             self.options.time_column,
         )  # fmt: skip
 
@@ -156,7 +157,9 @@ class SeriesCheck:
                 text = f"most bars are {pd.Timedelta(inferred)} apart, not {self.options.bar}"
                 remedy = "give the right --bar, or resample"
                 self.findings.append(Finding(FAULT, "bar_size", text, remedy, self.raw.file, self.raw.symbol))
-        report.missing_bars = int(gaps.missing[gaps.steps == Step.GAP].sum())
+        report.missing_bars, report.short_session_bars = (
+            int(gaps.missing[gaps.steps == step].sum()) for step in (Step.GAP, Step.SHORT_SESSION)
+        )
         report.gaps, report.pauses, report.short_sessions = (
             int((gaps.steps == step).sum()) for step in (Step.GAP, Step.PAUSE, Step.SHORT_SESSION)
         )
@@ -180,10 +183,13 @@ class SeriesCheck:
     ) -> None:
         found = np.flatnonzero(gaps.steps == step)
         for i in found[:GAPS_LISTED]:
-            text = f"{gaps.missing[i]} bars are missing {where}, between {_shown(times[i - 1])} and {_shown(times[i])}"
+            count = _missing(int(gaps.missing[i]))
+            text = f"{count} missing {where}, between {_shown(times[i - 1])} and {_shown(times[i])}"
             self._add(level, code, text, remedy, self.order[i : i + 1], self.options.time_column)
         rest = found[GAPS_LISTED:]
-        text = f"{gaps.missing[rest].sum()} bars are missing {where}, in {len(rest)} more places before these rows"
+        text = (
+            f"{_missing(int(gaps.missing[rest].sum()))} missing {where}, in {len(rest)} more places before these rows"
+        )
         self._add(level, code, text, remedy, self.order[rest], self.options.time_column)
 
     def _check_usable(self) -> None:
@@ -235,6 +241,10 @@ _GAP_REMEDY = "get the bars, or set data.max_gap_bars so that no window straddle
 def _fits_float32(values: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         return np.isfinite(values.astype(np.float32))
+
+
+def _missing(count: int) -> str:
+    return "1 bar is" if count == 1 else f"{count:,} bars are"
 
 
 def _shown(time: np.datetime64) -> str:

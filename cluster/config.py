@@ -1,7 +1,7 @@
 """The trainer's configuration: one YAML file, checked key by key before anything starts.
 
-Top-level keys: run, data, logging, tokenizer, predictor. The last two are stages, run in that order; leave one out to
-skip it.
+Top-level keys: run, training, data, logging, tokenizer, predictor. The last two are stages, run in that order; leave
+one out to skip it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,47 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from cluster.data_config import DataConfig, Strict
+from cluster.redact import redact
 from model.errors import InputError
 
 SOURCE_KINDS = ("simulated", "file", "qlib")
 """Values of data.source.kind. pydantic puts them into the path of a fault, although the file has no such key."""
+
+
+def _count_or_auto(value: Any) -> int | str:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"must be a whole number from 1 or auto, not {value!r}")
+
+
+def _workers(value: Any) -> int | tuple[int, int]:
+    """A number, or the least and the most that an elastic run may have."""
+    if type(value) is int and value >= 0:
+        return value
+    if isinstance(value, list | tuple) and len(value) == 2 and all(type(n) is int for n in value):
+        low, high = value
+        if 1 <= low <= high:
+            return low, high
+    raise ValueError(
+        f"must be 0 (in this process), a number greater than or equal to 0, or [min, max] with 1 <= min <= max, "
+        f"not {value!r}"
+    )
+
+
+_AsItIs = PlainSerializer(lambda value: value)
+CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto), _AsItIs]
+Workers = Annotated[int | tuple[int, int], PlainValidator(_workers), _AsItIs]
 
 
 class TokenizerShape(Strict):
@@ -62,7 +96,9 @@ class Phase(Strict):
 
     steps: int = Field(ge=1)
     window: int = Field(ge=8)
-    batch_size: int = Field(ge=1, description="windows a step, over all workers")
+    batch_size: CountOrAuto = Field(
+        description="windows a step, over all workers; auto: as many as fit into the workers' memory, found once a run"
+    )
 
 
 class Optimisation(Strict):
@@ -73,19 +109,59 @@ class Optimisation(Strict):
     beta2: float = Field(default=0.95, ge=0, lt=1)
     weight_decay: float = Field(default=0.05, ge=0, description="on matrices only")
     clip_norm: float = Field(default=1.0, gt=0)
+    max_skipped: int = Field(
+        default=10, ge=0, description="steps in a row with a gradient that is not finite; one more ends the run"
+    )
+
+
+class Lora(Strict):
+    """Low-rank adapters beside the linear layers of the transformer blocks (cluster.adapters)."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0, description="the adapters' output is scaled by alpha / rank")
+    targets: tuple[Literal["q", "k", "v", "o", "ffn"], ...] = Field(default=("q", "k", "v", "o", "ffn"), min_length=1)
+
+
+class EarlyStopping(Strict):
+    """Ends a stage once validation stops improving."""
+
+    patience: int = Field(ge=1, description="validations in a row that may fail to improve")
+    min_delta: float = Field(default=0.0, ge=0, description="what counts as better than the best before")
 
 
 class Stage(Strict):
     phases: tuple[Phase, ...] = Field(min_length=1)
     optimisation: Optimisation = Optimisation()
     init_from: Path | None = Field(default=None, description="folder of weights to start from; default: from scratch")
-    validate_every: int = Field(default=200, ge=1)
+    method: Literal["full", "lora"] = Field(default="full", description="train the weights, or adapters beside them")
+    lora: Lora | None = Field(default=None, description="with method: lora; default: rank 8 on q, k, v, o and ffn")
+    depth: int | None = Field(
+        default=None, ge=1, le=5, description="what method: full trains: 1 the heads only … 5 everything (the default)"
+    )
+    early_stopping: EarlyStopping | None = Field(default=None, description="default: all steps are made")
+    keep: int = Field(default=2, ge=1, description="checkpoints kept: this many of the best, and the last")
+    validate_every: int = Field(default=200, ge=1, description="steps from one validation and checkpoint to the next")
     validation_windows: int = Field(default=128, ge=1)
     log_every: int = Field(default=20, ge=1)
 
     @property
     def steps(self) -> int:
         return sum(phase.steps for phase in self.phases)
+
+    @model_validator(mode="after")
+    def _options_that_belong_together(self) -> Stage:
+        fresh = self.init_from is None
+        if self.method == "lora" and fresh:
+            raise ValueError("method: lora needs init_from, the folder of the weights that the adapters stand beside")
+        if self.method == "lora" and self.depth is not None:
+            raise ValueError("depth is for method: full; with lora the adapters alone are trained: leave depth out")
+        if self.method == "full" and self.lora is not None:
+            raise ValueError("lora options are given, but method is full: set method: lora or leave them out")
+        if fresh and self.depth not in (None, 5):
+            raise ValueError("depth below 5 freezes weights, and without init_from they are random: give init_from")
+        if not fresh and getattr(self, "network", None) is not None:
+            raise ValueError("init_from brings its own network (config.json): leave network out")
+        return self
 
 
 class ColumnWeights(Strict):
@@ -100,17 +176,18 @@ class ColumnWeights(Strict):
 
 
 class TokenizerStage(Stage):
-    network: TokenizerShape = TokenizerShape()
+    network: TokenizerShape | None = Field(default=None, description="default: the shape above, or init_from's")
     column_weights: ColumnWeights | None = Field(default=None, description="default: all alike, as published")
 
 
 class PredictorStage(Stage):
-    network: PredictorShape = PredictorShape()
+    network: PredictorShape | None = Field(default=None, description="default: the shape above, or init_from's")
     tokenizer: Path | None = Field(default=None, description="folder of the tokenizer; default: the one this run makes")
-    s2_conditioning: Literal["teacher", "sampled"] = Field(
+    s2_conditioning: Literal["teacher", "sampled", "mixed"] = Field(
         default="teacher",
-        description="what s2 is conditioned on: the true s1, or one drawn as the published trainer does",
+        description="what s2 is conditioned on: the true s1, or one drawn as the published trainer does, or either",
     )
+    mixed_share: float = Field(default=0.5, ge=0, le=1, description="with mixed: share of positions with a drawn s1")
     cross_attention: Literal["consistent", "published"] = Field(
         default="consistent",
         description="rotary of the s2 head: none, as forecasts are made; or as the published trainer has it",
@@ -119,16 +196,31 @@ class PredictorStage(Stage):
 
 class RunConfig(Strict):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    storage: Path = Field(default=Path("runs"), description="folder of runs: checkpoints, metrics, the config as used")
+    storage: Path = Field(default=Path("runs"), description="folder of runs, which all nodes of a cluster must share")
     output: Path = Field(description="folder that gets tokenizer/ and model/ at the end")
     seed: int = Field(default=0, ge=0)
-    device: str = "auto"
-    num_workers: int = Field(default=1, ge=0, description="0: in this process, without Ray; no resume")
+
+
+class TrainingConfig(Strict):
+    """Where and how it is computed."""
+
+    device: str = Field(default="auto", description="auto, cpu, cuda, mps; what is absent becomes cpu, with a warning")
+    require_gpu: bool = Field(default=False, description="an absent GPU is an error instead")
+    num_workers: Workers = Field(
+        default=1, description="0: in this process, without Ray; [min, max]: as many as the cluster has room for"
+    )
     cpus_per_worker: float = Field(default=1, gt=0)
     threads: int | None = Field(default=None, ge=1, description="torch threads a worker; default: cpus_per_worker")
     ray_address: str | None = Field(default=None, description="cluster to join; default: a private one on this machine")
     max_failures: int = Field(default=1, ge=0, description="restarts of the workers from the last checkpoint")
-    keep_checkpoints: int = Field(default=2, ge=1)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    micro_batch_size: CountOrAuto | None = Field(
+        default=None, description="windows a worker computes at once, gradients add up; default: all of its share"
+    )
+
+    @property
+    def most_workers(self) -> int:
+        return max(1, self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1])
 
 
 class LoggingConfig(Strict):
@@ -138,12 +230,22 @@ class LoggingConfig(Strict):
         default=(), description="each needs the extra of its name: pip install 'kronos-ray-serve[tensorboard]'"
     )
     project: str = Field(default="kronos", min_length=1, description="MLflow's experiment, W&B's project")
-    mlflow_uri: str | None = Field(default=None, description="tracking server; default: mlruns/ in the run's folder")
+    mlflow_uri: str | None = Field(default=None, description="tracking server; default: mlflow.db in the run's folder")
     wandb_mode: Literal["offline", "online"] = "offline"
+
+    @field_validator("mlflow_uri")
+    @classmethod
+    def _without_password(cls, uri: str | None) -> str | None:
+        if uri is not None and redact(uri, {}) != uri:
+            raise ValueError(
+                "leave user and password out: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD say them"
+            )
+        return uri
 
 
 class TrainConfig(Strict):
     run: RunConfig
+    training: TrainingConfig = TrainingConfig()
     data: DataConfig
     logging: LoggingConfig = LoggingConfig()
     tokenizer: TokenizerStage | None = None
@@ -155,6 +257,18 @@ class TrainConfig(Strict):
             raise ValueError("give a tokenizer stage, a predictor stage or both")
         if self.predictor is not None and self.tokenizer is None and self.predictor.tokenizer is None:
             raise ValueError("predictor.tokenizer must name a folder when no tokenizer is trained")
+        return self
+
+    @model_validator(mode="after")
+    def _a_window_for_every_worker(self) -> TrainConfig:
+        workers = self.training.most_workers
+        for name in ("tokenizer", "predictor"):
+            for number, phase in enumerate(getattr(self, name).phases if getattr(self, name) else ()):
+                if phase.batch_size != "auto" and phase.batch_size < workers:
+                    raise ValueError(
+                        f"{name}.phases.{number}.batch_size: {phase.batch_size} windows cannot be shared by {workers} "
+                        "workers: raise it to their number"
+                    )
         return self
 
 
@@ -213,6 +327,8 @@ def _describe(raw: dict[str, Any], fault: Any) -> str:
     name = ".".join(str(part) for part in path) or "the file"
     if fault["type"] != "extra_forbidden":
         return f"{name}: {fault['msg'].removeprefix('Value error, ')}"
+    if path[0] == "run" and path[-1] in TrainingConfig.model_fields:
+        return f"{name} is not a key: it stands at training.{path[-1]}"
     known = _known_keys(TrainConfig, [str(part) for part in fault["loc"][:-1]])
     near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.0)
     return f"{name} is not a key; the nearest known one is {near[0]!r}" if near else f"{name} is not a key"

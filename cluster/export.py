@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +18,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from cluster.bundle import (
-    CALIBRATION_FILE,
     CARD_FILE,
     REPORT_FILE,
     check_name,
     copy_networks,
     new_folder,
+    open_bundle,
     pair_sha256,
     read_json,
     verify_bundle,
@@ -35,6 +36,7 @@ from cluster.data import describe_splits
 from cluster.data_config import DataConfig
 from cluster.redact import redact
 from cluster.sources import describe_source
+from model.calibration import CALIBRATION_FILE
 from model.checkpoint import resolve_folder
 from model.errors import CheckpointError, InputError, KronosError
 from model.registry import Checkpoint
@@ -59,8 +61,9 @@ def export(
     CheckpointError for weights that do not make a working model.
     """
     check_name(destination.name)
-    if not run_output.is_dir():
-        raise InputError(f"there is no folder {run_output}: give run.output of a training run", code="no_such_file")
+    if not (run_output / TRAINING_FILE).is_file():
+        text = f"there is no {run_output / TRAINING_FILE}: give run.output of a training run"
+        raise InputError(text, code="no_such_file")
     training = read_json(run_output / TRAINING_FILE)
     networks = {"model": run_output / "model", "tokenizer": _tokenizer_of(run_output, training)}
     with new_folder(destination, replace=replace) as folder:
@@ -75,7 +78,8 @@ def export(
         for file, given in ((REPORT_FILE, report), (CALIBRATION_FILE, calibration)):
             source = given or run_output / file
             if given is not None or source.is_file():
-                write_json(folder / file, read_json(source))
+                read_json(source)
+                shutil.copyfile(source, folder / file)
         numbers = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else None
         if numbers is not None:
             require_same_weights(numbers, sha256)
@@ -83,7 +87,7 @@ def export(
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         write_manifest(folder)
         verify_bundle(folder)
-    return verify_bundle(destination)
+    return open_bundle(destination)
 
 
 def require_same_weights(report: dict[str, Any], sha256: str) -> None:
@@ -141,7 +145,10 @@ def _data_of(training: dict[str, Any]) -> dict[str, Any] | None:
         return known
     try:
         config = DataConfig.model_validate(raw)
-        return (known or describe_source(config.source) | {"hashed": "at export"}) | describe_splits(config)
+        now = describe_source(config.source)
+        if known is not None and known["sha256"] != now["sha256"]:
+            raise InputError("its files have changed since", code="changed")
+        return now | {"hashed": "at export"} | (known or {}) | describe_splits(config)
     except (InputError, ValidationError, OSError) as error:
         logger.warning("the data of the run cannot be read any more, its description is shorter: %s", error)
         return known

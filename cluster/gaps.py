@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 
 DAY = 86_400_000_000_000
 """Nanoseconds."""
 NEIGHBOURS = 10
-"""Dates before and after that are asked whether a slot is open."""
+"""Dates before, and as many after, that are asked whether a slot is open."""
 LONGEST_HOLIDAY = 7
 """Weekdays. Exchanges have closed for six in a row; a longer hole is missing data."""
 MOST_SLOTS = 20_000_000
@@ -59,8 +60,13 @@ def bar_size(times: np.ndarray) -> int:
 
 def find_gaps(times: np.ndarray, bar: int | None = None) -> Gaps:
     """times: datetime64[ns] [T], strictly rising. bar: nanoseconds; None infers it."""
-    t = np.asarray(times).astype("datetime64[ns]").view(np.int64)
-    bar = bar_size(times) if bar is None else bar
+    return _find_gaps(np.ascontiguousarray(times, dtype="datetime64[ns]").tobytes(), bar)
+
+
+@lru_cache(maxsize=8)  # symbols of one market often have the very same times
+def _find_gaps(times: bytes, bar: int | None) -> Gaps:
+    t = np.frombuffer(times, dtype=np.int64)
+    bar = bar_size(t.view("datetime64[ns]")) if bar is None else bar
     steps, missing, closed = (np.zeros(len(t), dtype) for dtype in (np.int8, np.int64, np.int64))
     if len(t) < 2 or bar <= 0:
         return Gaps(bar, 1.0, steps, missing, closed)
@@ -72,6 +78,8 @@ def find_gaps(times: np.ndarray, bar: int | None = None) -> Gaps:
             steps[i], missing[i], closed[i] = between(i)
     inside = (steps[1:] == Step.NEXT) | (steps[1:] == Step.GAP)
     share = float((distance[inside] == bar).mean()) if inside.any() else 1.0
+    for array in (steps, missing, closed):
+        array.flags.writeable = False  # several callers get it
     return Gaps(bar, share, steps, missing, closed)
 
 
@@ -170,7 +178,11 @@ def _majority(there: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def _sums_around(table: np.ndarray) -> np.ndarray:
-    """int32 [dates, slots]: sums over up to NEIGHBOURS dates before and after."""
+    """int32 [dates, slots]: sums over up to NEIGHBOURS dates before and as many after.
+
+    As many: else near the ends the dates before a change of clocks would outvote those after it, or the other way.
+    """
     total = np.concatenate([np.zeros((1, table.shape[1]), np.int32), np.cumsum(table, axis=0, dtype=np.int32)])
     rows = np.arange(len(table))
-    return total[np.minimum(rows + NEIGHBOURS + 1, len(table))] - total[np.maximum(rows - NEIGHBOURS, 0)]
+    reach = np.minimum(rows, len(table) - 1 - rows).clip(1, NEIGHBOURS)
+    return total[np.minimum(rows + reach + 1, len(table))] - total[np.maximum(rows - reach, 0)]

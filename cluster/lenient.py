@@ -126,12 +126,11 @@ class Lenient:
         aware = text.str.contains(HAS_ZONE, regex=True).fillna(False).to_numpy(bool)
         offsets = text[aware].str.extract(r"(Z|[+-]\d{2}(?::?\d{2})?)$")[0].replace({"Z": "+00:00"})
         known = text.notna().to_numpy()
-        kinds = [*offsets.unique(), *(["none"] if (known & ~aware).any() else [])]
-        if len(kinds) > 1:
-            counts = offsets.value_counts().to_dict() | ({"none": n} if (n := int((known & ~aware).sum())) else {})
-            usual = max(counts, key=lambda kind: counts[kind])
-            labels = pd.Series("none", index=text.index)
-            labels[aware] = offsets
+        labels = pd.Series("none", index=text.index)
+        labels[aware] = offsets
+        counts = labels[known].value_counts().to_dict()
+        usual = max(counts, key=lambda kind: counts[kind], default="none")
+        if len(counts) > 1:
             other = np.flatnonzero((labels != usual).to_numpy() & known)
             self._fault(
                 "mixed_time_zones",
@@ -146,7 +145,7 @@ class Lenient:
         if aware.any():
             in_utc = pd.to_datetime(text[aware], format="ISO8601", utc=True, errors="coerce")
             parsed[aware] = in_utc.dt.tz_localize(None)
-        return pd.DatetimeIndex(parsed), (str(kinds[0]) if aware.any() else None)
+        return pd.DatetimeIndex(parsed), (None if usual == "none" else usual)
 
     def _values(self, frame: pd.DataFrame, file: str) -> np.ndarray:
         """float64 [T, 6], NaN where there is no number."""

@@ -37,11 +37,13 @@ class RunLoggers:
 
     def log(self, step: int, record: dict[str, float]) -> None:
         """record: name → number. Raises InputError for anything else: texts may hold what must not be logged."""
+        values: dict[str, float] = {}
         for name, value in record.items():
             if not isinstance(value, numbers.Real):
                 raise InputError(f"metric {name!r} is {type(value).__name__}, not a number", code="not_a_number")
+            values[name] = int(value) if isinstance(value, numbers.Integral) else float(value)
         for back_end in self._back_ends:
-            back_end.log(step, record)
+            back_end.log(step, values)
 
     def close(self) -> None:
         """Writes what is pending. All back ends are closed, also if one of them fails."""
@@ -120,10 +122,12 @@ class _TensorBoard:
 class _MLflow:
     def __init__(self, package: ModuleType, config: LoggingConfig, folder: Path, settings: dict[str, Any]) -> None:
         # A client of its own: MLflow's global run would be shared with whatever else this process does.
-        uri = config.mlflow_uri or f"sqlite:///{folder / 'mlflow.db'}"
+        uri = config.mlflow_uri or f"sqlite:///{(folder / 'mlflow.db').absolute()}"
         self._client = package.MlflowClient(tracking_uri=uri)
         known = self._client.get_experiment_by_name(config.project)
-        experiment = known.experiment_id if known else self._client.create_experiment(config.project)
+        # Without a server, artifacts would go to wherever the process was started.
+        place = None if config.mlflow_uri else (folder / "mlartifacts").absolute().as_uri()
+        experiment = known.experiment_id if known else self._client.create_experiment(config.project, place)
         self._run = self._client.create_run(experiment, run_name=folder.name).info.run_id
         for name, text in _flat(settings).items():
             self._client.log_param(self._run, name, text)

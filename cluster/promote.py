@@ -16,7 +16,6 @@ from typing import Any
 import pandas as pd
 
 from cluster.bundle import (
-    CALIBRATION_FILE,
     CARD_FILE,
     NETWORKS,
     REPORT_FILE,
@@ -32,6 +31,7 @@ from cluster.bundle import (
 from cluster.bundle_card import bundle_card, promotion_section
 from cluster.card import TRAINING_FILE
 from cluster.export import require_same_weights
+from model.calibration import CALIBRATION_FILE
 from model.errors import InputError, KronosError
 from model.registry import Checkpoint
 
@@ -74,7 +74,7 @@ def promote(bundle: Path, report_path: Path, target: Path, *, force: str | None 
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         write_manifest(folder)
         verify_bundle(folder)
-    return verify_bundle(target)
+    return open_bundle(target)
 
 
 def objections(report: dict[str, Any], training: dict[str, Any]) -> list[str]:

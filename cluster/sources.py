@@ -12,6 +12,7 @@ import numpy as np
 
 from cluster.bars import SymbolBars, find_files, read_bars
 from cluster.data_config import FileSource, QlibSource, SimulatedSource
+from cluster.files import sha256_of
 from cluster.qlib import read_qlib
 from model.errors import InputError
 
@@ -82,10 +83,8 @@ def describe_source(source: SimulatedSource | FileSource | QlibSource) -> dict[s
     paths = find_files(source.paths) if isinstance(source, FileSource) else _qlib_files(source)
     files = []
     for path in paths:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         name = path.name if isinstance(source, FileSource) else path.relative_to(source.path).as_posix()
-        files.append({"name": name, "bytes": path.stat().st_size, "sha256": digest})
+        files.append({"name": name, "bytes": path.stat().st_size, "sha256": sha256_of(path)})
     listed = "".join(f"{entry['name']} {entry['sha256']}\n" for entry in files)
     # A market of thousands of symbols has tens of thousands of files: its one hash must do.
     return {"sha256": hashlib.sha256(listed.encode()).hexdigest(), "files": files if len(files) <= 100 else []}

@@ -1,24 +1,34 @@
 """What differs between training the tokenizer and the predictor: the network, the window, the loss. The loop is one.
 
-A later feature that changes a network (LoRA, freezing) or an optimizer (schedules) belongs here; one that changes a
-step (AMP, accumulation) belongs in cluster.loop.
+What changes a network (LoRA, freezing) or an optimizer (schedules) is here; what changes a step (precision,
+accumulation) is in cluster.worker.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, cast
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cluster.config import Optimisation, PredictorStage, Stage, TokenizerStage
+from cluster.adapters import ADAPTERS_FILE, add_adapters, load_adapters, merge_adapters, save_adapters
+from cluster.config import Lora, Optimisation, PredictorShape, PredictorStage, Stage, TokenizerShape, TokenizerStage
 from cluster.data import Batch
+from cluster.files import sha256_of
+from cluster.freezing import freeze
+from model.checkpoint import WEIGHTS_FILE, PretrainedMixin, resolve_folder
+from model.errors import CheckpointMismatchError
 from model.kronos import Kronos
 from model.losses import TokenizerLoss, predictor_loss, tokenizer_loss
 from model.tokenizer import KronosTokenizer
 from model.types import COLUMNS
+
+NETWORK_FOLDER = "network"
+"""In a checkpoint: config.json and model.safetensors."""
 
 
 class StepLoss(NamedTuple):
@@ -32,31 +42,67 @@ class StepLoss(NamedTuple):
     parts: dict[str, Tensor]
 
 
-class Task(Protocol):
-    """One stage's network and loss."""
+class Task(ABC):
+    """One stage's network, what of it is trained, and its loss. parts: names of the loss's parts, as in StepLoss."""
 
     network: nn.Module
     extra_bars: int
     reach_back: bool
+    parts: tuple[str, ...]
 
+    def __init__(self, stage: Stage, network: nn.Module) -> None:
+        self.network = network
+        self.lora = (stage.lora or Lora()) if stage.method == "lora" else None
+        self.base_sha256 = ""
+        if self.lora is not None:
+            self.base_sha256 = sha256_of(resolve_folder(cast(Path, stage.init_from)) / WEIGHTS_FILE)
+            add_adapters(network, self.lora)
+        else:
+            freeze(network, stage.depth or 5)
+
+    @abstractmethod
     def loss(self, network: nn.Module, batch: Batch, device: torch.device) -> StepLoss: ...
-    def save(self, folder: Path) -> None: ...
+
+    @abstractmethod
+    def weight(self, batch: Batch) -> int:
+        """The weight that the loss of this batch will have."""
+
+    def save(self, folder: Path) -> None:
+        """The weights as they are trained: the network, or the adapters alone."""
+        if self.lora is None:
+            cast(PretrainedMixin, self.network).save_pretrained(folder / NETWORK_FOLDER)
+        else:
+            save_adapters(self.network, self.lora, self.base_sha256, folder / ADAPTERS_FILE)
+
+    def load(self, folder: Path) -> None:
+        """What save wrote. Raises CheckpointMismatchError for adapters of other weights."""
+        if self.lora is None:
+            self.network.load_state_dict(load_file(folder / NETWORK_FOLDER / WEIGHTS_FILE))
+        else:
+            load_adapters(self.network, folder / ADAPTERS_FILE, self.base_sha256)
+
+    def export(self, folder: Path) -> None:
+        """The network as others load it: adapters merged."""
+        network = self.network if self.lora is None else merge_adapters(self.network)
+        cast(PretrainedMixin, network).save_pretrained(folder)
 
 
-class TokenizerTask:
+class TokenizerTask(Task):
     """Reconstructs every position of a window: all of them are what a forecast encodes or decodes."""
 
     extra_bars = 0
+    parts = ("bsq", "reconstruction", "reconstruction_s1")
     # Reconstruction scores every bar, so no bar of an earlier split may be in the window.
     reach_back = False
 
     def __init__(self, stage: TokenizerStage) -> None:
-        fresh = stage.init_from is None
-        self.network: nn.Module = (
-            KronosTokenizer(**stage.network.model_dump())
-            if fresh
-            else KronosTokenizer.from_pretrained(cast(Path, stage.init_from))
-        )
+        if stage.init_from is not None:
+            network = KronosTokenizer.from_pretrained(stage.init_from)
+        else:
+            network = KronosTokenizer(**(stage.network or TokenizerShape()).model_dump())
+        super().__init__(stage, network)
+        # Unit vectors and their entropies stay fp32 in mixed precision.
+        network.tokenizer.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         # None: the published loss, as it stands.
         self.column_weights = None
         if stage.column_weights is not None:
@@ -70,10 +116,10 @@ class TokenizerTask:
         else:
             loss = weighted_tokenizer_loss(network, x, self.column_weights.to(device))
         parts = {"reconstruction_s1": loss.reconstruction_s1, "reconstruction": loss.reconstruction, "bsq": loss.bsq}
-        return StepLoss(loss.total, x.shape[0] * x.shape[1], parts)
+        return StepLoss(loss.total, self.weight(batch), parts)
 
-    def save(self, folder: Path) -> None:
-        cast(KronosTokenizer, self.network).save_pretrained(folder)
+    def weight(self, batch: Batch) -> int:
+        return batch.x.shape[0] * batch.x.shape[1]
 
 
 def weighted_tokenizer_loss(network: nn.Module, x: Tensor, weights: Tensor) -> TokenizerLoss:
@@ -84,26 +130,33 @@ def weighted_tokenizer_loss(network: nn.Module, x: Tensor, weights: Tensor) -> T
     return TokenizerLoss((reconstruction_s1 + reconstruction + bsq) / 2, reconstruction_s1, reconstruction, bsq)
 
 
-class PredictorTask:
+class PredictorTask(Task):
     """Predicts the next bar's two tokens at the positions that a forecaster could have stood at."""
 
     extra_bars = 1  # the bar after the window is the last position's target
     reach_back = True
+    parts = ("s1", "s2")
 
     def __init__(self, stage: PredictorStage, tokenizer_folder: Path) -> None:
         self.tokenizer = KronosTokenizer.from_pretrained(tokenizer_folder)
-        self.teacher = stage.s2_conditioning == "teacher"
+        self.sampled_share = {"teacher": 0.0, "sampled": 1.0, "mixed": stage.mixed_share}[stage.s2_conditioning]
         self.rotate_cross = stage.cross_attention == "published"
+        bits = (self.tokenizer.s1_bits, self.tokenizer.s2_bits)
         if stage.init_from is not None:
-            self.network: nn.Module = Kronos.from_pretrained(stage.init_from)
+            network = Kronos.from_pretrained(stage.init_from)
+            if (network.s1_bits, network.s2_bits) != bits:
+                raise CheckpointMismatchError(
+                    f"the predictor in {stage.init_from} has tokens of {network.s1_bits} + {network.s2_bits} bits, the "
+                    f"tokenizer in {tokenizer_folder} makes {bits[0]} + {bits[1]}: they are no pair"
+                )
         else:
-            self.network = Kronos(
-                s1_bits=self.tokenizer.s1_bits, s2_bits=self.tokenizer.s2_bits, **stage.network.model_dump()
-            )
+            network = Kronos(*bits, **(stage.network or PredictorShape()).model_dump())
+        super().__init__(stage, network)
 
     def loss(self, network: nn.Module, batch: Batch, device: torch.device) -> StepLoss:
         self.tokenizer.to(device)
-        with torch.no_grad():
+        # The codes are those that a forecast is made with, whatever the training's precision.
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             s1, s2 = self.tokenizer.encode(torch.from_numpy(batch.x).to(device), half=True)
         marks = torch.from_numpy(batch.marks).to(device)
         scored = torch.from_numpy(batch.scored[:, 1:]).to(device)
@@ -112,17 +165,25 @@ class PredictorTask:
             s1[:, :-1],
             s2[:, :-1],
             marks[:, :-1],
-            use_teacher_forcing=self.teacher,
+            use_teacher_forcing=self.sampled_share < 1,
             s1_targets=s1_targets,
+            sampled_share=self.sampled_share,
             rotate_cross=self.rotate_cross,
         )
+        weight = self.weight(batch)
+        if weight == 0:  # nothing to take the mean of, but every worker must have a gradient to share
+            nothing = (s1_logits.sum() + s2_logits.sum()) * 0.0
+            return StepLoss(nothing, 0, {"s1": nothing, "s2": nothing})
         loss = predictor_loss(
-            s1_logits, s2_logits, s1_targets.masked_fill(~scored, -100), s2_targets.masked_fill(~scored, -100)
+            s1_logits.float(),
+            s2_logits.float(),
+            s1_targets.masked_fill(~scored, -100),
+            s2_targets.masked_fill(~scored, -100),
         )
-        return StepLoss(loss.total, int(scored.sum()), {"s1": loss.s1, "s2": loss.s2})
+        return StepLoss(loss.total, weight, {"s1": loss.s1, "s2": loss.s2})
 
-    def save(self, folder: Path) -> None:
-        cast(Kronos, self.network).save_pretrained(folder)
+    def weight(self, batch: Batch) -> int:
+        return int(batch.scored[:, 1:].sum())
 
 
 def make_task(stage: Stage, tokenizer_folder: Path | None) -> Task:

@@ -1,250 +1,247 @@
-"""Trains the tokenizer, the predictor or both on Ray Train.
+"""Trains or finetunes the tokenizer, the predictor or both.
 
     python -m cluster.train --config cluster/configs/bundled.yaml [run.seed=1 ...]
+    python -m cluster.train --config cluster/configs/finetune.yaml --dry-run
 
-One worker on a CPU runs the same code as many on GPUs. The run's folder holds checkpoints, metrics and the
-configuration as used; the same command again goes on where it was interrupted.
+One function trains in this process, on one Ray worker, or on many, on CPUs or GPUs. The run's folder holds checkpoints,
+metrics and the configuration as used; the same command again goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
-import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any, cast
 
-import ray
-import torch
-import yaml
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-
-from cluster.card import TRAINING_FILE
-from cluster.config import Stage, TrainConfig, load_config
-from cluster.loop import NETWORK_FOLDER, train_loop
-from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from cluster.checkpoints import Checkpoints
+from cluster.config import TokenizerStage, TrainConfig, load_config
+from cluster.group import Group
+from cluster.lineage import code_drift, inputs_of
+from cluster.loop import STOP_FILE, ray_train_loop, run_stage
+from cluster.placement import Placement, place_here, place_workers
+from cluster.run_folder import STAGES, copy_network, export, fingerprint, record, remember
 from model.device import resolve_device
-from model.errors import InputError, KronosError
+from model.errors import KronosError
 
 logger = logging.getLogger(__name__)
 
-STAGES = {"tokenizer": "tokenizer", "predictor": "model"}
-"""Stage → folder of its network below run.output, in the order they run."""
+EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
-class Placement(NamedTuple):
-    """use_gpu: workers ask Ray for a GPU each. device: what a worker without one resolves. warning: what differs."""
-
-    use_gpu: bool
-    device: str
-    warning: str | None
+class Stopped(Exception):
+    """SIGTERM came; a checkpoint was saved, and the same configuration resumes."""
 
 
-def place_workers(device: str, num_workers: int, cpus_per_worker: float, resources: dict[str, float]) -> Placement:
-    """Decides before the start what Ray would otherwise wait for without an end. resources: as ray.cluster_resources().
+class _Signals:
+    """Turns SIGTERM into a file that the workers look for: they may be on other machines."""
 
-    Raises InputError if the cluster has fewer CPUs than the workers need, ValueError for a device that is not one.
-    """
-    wanted, cpus = num_workers * cpus_per_worker, resources.get("CPU", 0.0)
-    if wanted > cpus:
-        raise InputError(
-            f"{num_workers} workers of {cpus_per_worker:g} CPUs need {wanted:g} CPUs and the cluster has {cpus:g}: "
-            "lower run.num_workers or run.cpus_per_worker",
-            code="too_few_cpus",
-        )
-    kind = device.strip().lower().partition(":")[0]
-    gpus = resources.get("GPU", 0.0)
-    if kind not in ("auto", "cuda"):
-        resolve_device(device)  # refuses nonsense here, not in every worker
-        return Placement(False, device, None)
-    if gpus >= max(1, num_workers):
-        return Placement(True, "cuda", None)
-    if kind == "auto":
-        return Placement(False, "mps" if resolve_device("auto")[0].type == "mps" else "cpu", None)
-    warning = (
-        f"device {device!r} was requested, but the cluster has {gpus:g} GPUs for {num_workers} workers; using 'cpu'"
-    )
-    return Placement(False, "cpu", warning)
+    def __init__(self) -> None:
+        self.came = False
+        self.stop_file: Path | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        if self.stop_file is not None:
+            self.stop_file.touch()
+        print("SIGTERM: saving at the next step boundary", file=sys.stderr, flush=True)
+
+    def watch(self, stop_file: Path) -> None:
+        """From now on the signal goes to this folder's workers. Raises Stopped if it has come already."""
+        stop_file.unlink(missing_ok=True)
+        self.stop_file = stop_file
+        self.check()
+
+    def check(self) -> None:
+        if self.came:
+            raise Stopped("stopped by SIGTERM; the same command goes on from the last checkpoint")
+
+
+@contextmanager
+def _catch_sigterm() -> Iterator[_Signals]:
+    signals = _Signals()
+    if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
+        yield signals
+        return
+    before = signal.signal(signal.SIGTERM, signals)
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def train(config: TrainConfig, *, command: str = "cluster.train.train(config)") -> dict[str, Path]:
     """Runs the configured stages in order and returns stage → folder of its network below run.output.
 
     command: how this was called, for training.json in run.output.
-    Uses the Ray cluster this process is connected to; else joins run.ray_address, or starts a private one on this
-    machine and stops it at the end. With run.num_workers = 0 there is no Ray cluster at all.
-    Raises InputError for configuration and data, CheckpointError for weights, and what Ray Train raises for a worker
-    that failed more often than run.max_failures.
+    Uses the Ray cluster this process is connected to; else joins training.ray_address, or starts a private one on this
+    machine and stops it at the end. With training.num_workers = 0 there is no Ray cluster at all.
+    Raises InputError for configuration and data, CheckpointError for weights, DivergedError, Stopped after a SIGTERM,
+    and what Ray Train raises for a worker that failed more often than training.max_failures.
     """
     made: dict[str, Path] = {}
-    with _ray_for(config):
+    with _ray_for(config), _catch_sigterm() as signals:
         for stage in STAGES:
             if getattr(config, stage) is None:
                 continue
-            tokenizer = made.get("tokenizer") or (config.predictor.tokenizer if config.predictor else None)
-            result = _run_stage(config, stage, tokenizer if stage == "predictor" else None)
-            made[stage] = _export(result, config.run.output / STAGES[stage])
-            _record(config, stage, result, command)
+            tokenizer = None
+            if stage == "predictor" and config.predictor is not None:
+                tokenizer = made.get("tokenizer") or config.predictor.tokenizer
+            made[stage] = _train_stage(config, stage, tokenizer, signals, command)
             logger.info("%s: written to %s", stage, made[stage])
+            signals.check()
+        if config.tokenizer is None and config.predictor is not None and config.predictor.tokenizer is not None:
+            copy_network(config.predictor.tokenizer, config.run.output / STAGES["tokenizer"])
     return made
 
 
 @contextmanager
 def _ray_for(config: TrainConfig) -> Iterator[None]:
+    if config.training.num_workers == 0:
+        yield
+        return
+    import ray
+
     # Ray Train asks its workers for news this often; each report waits for it (default 2 s).
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Ray Train copies what workers print into its own log, so that every line would come twice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    if config.run.num_workers == 0 or ray.is_initialized():
+    if ray.is_initialized():
         yield
         return
-    if config.run.ray_address is None:
+    if config.training.ray_address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=True)
     else:
-        ray.init(address=config.run.ray_address)
+        ray.init(address=config.training.ray_address)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _run_stage(config: TrainConfig, stage: str, tokenizer: Path | None) -> Result:
-    run = config.run
-    folder = (run.storage / run.name / stage).resolve()
-    _remember_config(config, stage, folder)
-    if run.num_workers == 0:
-        # This process is the worker: its own device rules hold.
-        placement = Placement(False, run.device, resolve_device(run.device)[1])
-    else:
-        placement = place_workers(run.device, run.num_workers, run.cpus_per_worker, ray.cluster_resources())
-        if placement.warning:
-            logger.warning(placement.warning)
-    resources = {"CPU": run.cpus_per_worker} | ({"GPU": 1.0} if placement.use_gpu else {})
+def _train_stage(config: TrainConfig, stage: str, tokenizer: Path | None, signals: _Signals, command: str) -> Path:
+    options = getattr(config, stage)
+    folder = (config.run.storage / config.run.name / stage).resolve()
+    placement = _place(config)
+    inputs = inputs_of(config, options, tokenizer)
+    remember(config, stage, inputs, folder)
+    mark = fingerprint(config, stage, inputs)
     settings: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "stage": stage,
-        "tokenizer_folder": str(tokenizer.resolve()) if tokenizer else None,
+        "tokenizer_folder": str(tokenizer.resolve() if tokenizer.is_dir() else tokenizer) if tokenizer else None,
         "use_gpu": placement.use_gpu,
         "device": placement.device,
         "run_folder": str(folder),
-        "local": run.num_workers == 0,
+        "fingerprint": mark,
     }
+    signals.watch(folder / STOP_FILE)
+    if config.training.num_workers == 0:
+        outcome = run_stage(settings, Group(device=resolve_device(placement.device)[0]), lambda metrics: None)
+    else:
+        outcome = _run_on_ray(config, stage, settings, placement)
+    if "error" in outcome:
+        raise outcome["error"]
+    if outcome["stopped"]:
+        logger.warning("%s: stopped at step %d of %d", stage, outcome["steps"], options.steps)
+        signals.came = True
+        signals.check()
+    warnings = [*([placement.warning] if placement.warning else []), *outcome["warnings"], *outcome["refused"]]
+    for warning in outcome["warnings"]:
+        logger.warning(warning)
+    best = Checkpoints(folder, mark).best()
+    if best is None:
+        raise KronosError(f"{folder} holds no checkpoint that is whole: train again under another run.name")
+    target = config.run.output / STAGES[stage]
+    export(options, tokenizer, best, target)
+    drift = None
+    if isinstance(options, TokenizerStage) and options.init_from is not None:
+        drift = code_drift(config, options, target)
+        logger.warning(
+            "tokenizer: %.1f %% of the validation bars have another code than the parent's (s1: %.1f %%); a predictor "
+            "of the parent's must be trained on the new codes",
+            drift["percent"],
+            drift["s1_percent"],
+        )
+    record(config, stage, inputs=inputs, outcome=outcome, best=best, warnings=warnings, drift=drift, command=command)
+    return target
+
+
+def _place(config: TrainConfig) -> Placement:
+    if config.training.num_workers == 0:
+        return place_here(config.training)
+    import ray
+
+    placement = place_workers(config.training, ray.cluster_resources())
+    if placement.warning:
+        logger.warning(placement.warning)
+    return placement
+
+
+def _run_on_ray(config: TrainConfig, stage: str, settings: dict[str, Any], placement: Placement) -> dict[str, Any]:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train.torch import TorchTrainer
+
+    training = config.training
+    resources = {"CPU": training.cpus_per_worker} | ({"GPU": 1.0} if placement.use_gpu else {})
     trainer = TorchTrainer(
-        train_loop,
+        cast(Any, ray_train_loop),  # Ray's type has no return value, and the result does
         train_loop_config=settings,
         scaling_config=ScalingConfig(
-            num_workers=run.num_workers, use_gpu=placement.use_gpu, resources_per_worker=resources
+            num_workers=cast(Any, training.num_workers), use_gpu=placement.use_gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(
             name=stage,
-            storage_path=str(folder.parent),
-            failure_config=FailureConfig(max_failures=run.max_failures),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=run.keep_checkpoints,
-                checkpoint_score_attribute="validation_loss",
-                checkpoint_score_order="min",
-            ),
+            storage_path=str(Path(settings["run_folder"]).parent),
+            failure_config=FailureConfig(max_failures=training.max_failures),
         ),
     )
-    return trainer.fit()
-
-
-def _remember_config(config: TrainConfig, stage: str, folder: Path) -> None:
-    """Writes the configuration beside the checkpoints; refuses a folder that another configuration has used."""
-    path = folder / "config.yaml"
-    now = config.model_dump(mode="json", include={"run", "data", stage})
-    if path.is_file():
-        changed = _differences(yaml.safe_load(path.read_text(encoding="utf-8")), now)
-        if changed:
-            raise InputError(
-                f"run {config.run.name!r} exists in {folder.parent} with another {', '.join(changed[:5])}: choose "
-                "another run.name, or the old values to resume it",
-                code="run_exists",
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(now, sort_keys=False), encoding="utf-8")
-
-
-# What may change between an interrupted run and its continuation without changing the numbers.
-_FREE = {
-    "run.storage",
-    "run.output",
-    "run.device",
-    "run.threads",
-    "run.max_failures",
-    "run.keep_checkpoints",
-    "run.ray_address",
-}
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
-    return [] if old == new or path in _FREE else [path]
-
-
-def _best(result: Result) -> tuple[float, Checkpoint]:
-    """The lowest validation loss and its checkpoint. Local mode keeps only the last one."""
-    kept = [(metrics["validation_loss"], checkpoint) for checkpoint, metrics in result.best_checkpoints or []]
-    if not kept and result.checkpoint is not None and result.metrics:
-        kept = [(result.metrics["validation_loss"], result.checkpoint)]
-    if not kept:
-        raise RuntimeError("Ray Train returned no checkpoint")
-    return min(kept, key=lambda pair: pair[0])
-
-
-def _export(result: Result, folder: Path) -> Path:
-    """Copies the best network into folder: config.json and model.safetensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with _best(result)[1].as_directory() as source:
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            shutil.copyfile(Path(source) / NETWORK_FOLDER / name, folder / name)
-    return folder
-
-
-def _record(config: TrainConfig, stage: str, result: Result, command: str) -> None:
-    """Adds what the stage did to training.json in run.output, which the model card is written from."""
-    path = config.run.output / TRAINING_FILE
-    known = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else {}
-    options: Stage = getattr(config, stage)
-    best, _ = _best(result)
-    metrics = result.metrics or {}
-    known[stage] = {
-        "weights": metrics["weights"],
-        "steps": options.steps,
-        "bars": sum(phase.steps * phase.batch_size * phase.window for phase in options.phases),
-        "minutes": round(metrics["seconds"] / 60, 1),
-        "validation_loss": best,
-    }
-    record = {
-        "command": command,
-        "torch": torch.__version__,
-        "device": metrics["device"],
-        "stages": {name: known[name] for name in STAGES if name in known},
-        "config": config.model_dump(mode="json"),
-    }
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    try:
+        return cast(Any, trainer.fit()).return_value
+    except WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            cause = getattr(failure, "_base_exc", failure)
+            if isinstance(cause, KronosError):
+                raise cause from error
+        raise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m cluster.train", description="Train the tokenizer, the predictor or both."
+        prog="python -m cluster.train",
+        description="Train or finetune the tokenizer, the predictor or both. The same command again resumes.",
+        epilog="Exit status: 0 done, 2 a mistake in configuration or data, 143 stopped by SIGTERM with a checkpoint.",
     )
     parser.add_argument("--config", required=True, type=Path, help="YAML file; cluster/config.py lists every key")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check configuration and data, train two steps, save, reload, forecast; leaves no files",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
+        config = load_config(options.config, options.overrides)
+        if options.dry_run:
+            from cluster.dry_run import dry_run
+
+            for line in dry_run(config):
+                print(line, flush=True)
+            return 0
         command = " ".join(["python -m cluster.train --config", options.config.as_posix(), *options.overrides])
-        made = train(load_config(options.config, options.overrides), command=command)
+        made = train(config, command=command)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return EXIT_TERMINATED
     except (KronosError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

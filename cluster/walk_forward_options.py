@@ -7,8 +7,8 @@ import sys
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
+from cluster.training_record import utc_moment
 from cluster.walk_forward import WalkForward
 from model.errors import InputError
 
@@ -18,10 +18,9 @@ def moment(text: str | None, option: str) -> np.datetime64 | None:
     if text is None:
         return None
     try:
-        stamp = pd.Timestamp(text)
+        return utc_moment(text)
     except ValueError:
         raise InputError(f"{option} {text!r} is not a date such as 2024-07-01", code="not_a_time") from None
-    return (stamp.tz_convert("UTC").tz_localize(None) if stamp.tz is not None else stamp).to_datetime64()
 
 
 def add_walk_forward_arguments(parser: argparse.ArgumentParser) -> None:

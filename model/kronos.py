@@ -171,12 +171,14 @@ class Kronos(PretrainedMixin, nn.Module):
         *,
         use_teacher_forcing: bool = False,
         s1_targets: Tensor | None = None,
+        sampled_share: float = 0.0,
         rotate_cross: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """A whole sequence, for training and scoring: logits of s1 [B, T, 2^s1_bits] and s2 [B, T, 2^s2_bits].
 
         Position t predicts bar t + 1. s2 is conditioned on s1_targets [B, T] with use_teacher_forcing, else on an s1
-        drawn from the model's own logits with torch's global generator. Always causal, in training and evaluation.
+        drawn from the model's own logits with torch's global generator; with sampled_share, that share of the positions
+        has a drawn s1 in spite of use_teacher_forcing. Always causal, in training and evaluation.
         rotate_cross=True is how the published weights were trained; False is how they are run (DependencyLayer.last).
         """
         context = self.context(s1_ids, s2_ids, stamp)
@@ -185,11 +187,19 @@ class Kronos(PretrainedMixin, nn.Module):
             if s1_targets is None:
                 raise ValueError("use_teacher_forcing=True needs s1_targets")
             s1 = s1_targets
+            if sampled_share > 0:
+                drawn = torch.rand(s1.shape, device=s1.device) < sampled_share
+                s1 = torch.where(drawn, self._draw_s1(s1_logits), s1)
         else:
-            probabilities = s1_logits.detach().float().softmax(-1)
-            s1 = torch.multinomial(probabilities.flatten(0, 1), 1).view(s1_ids.shape)
+            s1 = self._draw_s1(s1_logits)
         conditioned = self.dep_layer(context, self.embedding.emb_s1(s1), rotated=rotate_cross)
         return s1_logits, self.head.proj_s2(conditioned)
+
+    @staticmethod
+    def _draw_s1(s1_logits: Tensor) -> Tensor:
+        """[B, T, 2^s1_bits] → int64 [B, T], with torch's global generator."""
+        probabilities = s1_logits.detach().float().softmax(-1)
+        return torch.multinomial(probabilities.flatten(0, 1), 1).view(s1_logits.shape[:2])
 
     def next_s1_logits(self, context: Tensor) -> Tensor:
         """context [B, T, D] → logits [B, 2^s1_bits] of the bar after the last one."""

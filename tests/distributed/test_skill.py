@@ -25,8 +25,8 @@ def train_tiny(folder, frame, *, seed, tokenizer_steps, predictor_steps):
     common = {"validate_every": 200, "validation_windows": 64, "log_every": 200}
     window = HISTORY + HORIZON
     config = {
-        "run": {"name": "tiny", "storage": str(folder / "runs"), "output": str(folder / "out"), "seed": seed}
-        | {"device": "cpu", "num_workers": 0, "threads": 1},
+        "run": {"name": "tiny", "storage": str(folder / "runs"), "output": str(folder / "out"), "seed": seed},
+        "training": {"device": "cpu", "num_workers": 0, "threads": 1},
         "data": {
             "source": {
                 "kind": "file",

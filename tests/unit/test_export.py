@@ -30,20 +30,19 @@ def parent(golden, tmp_path):
     return tmp_path / "parent"
 
 
-@pytest.fixture
-def run_output(parent, tmp_path):
-    """What a finetune of the parent leaves: other weights, a record of it, real bars in a file."""
-    folder = tmp_path / "run"
+def finetune(parent, folder):
+    """What a finetune of the parent leaves in folder/run: other weights, a record of it, real bars in a file."""
+    run = folder / "run"
     network = Kronos.from_pretrained(parent / "model")
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.mul_(1.001)
-    network.save_pretrained(folder / "model")
-    shutil.copytree(parent / "tokenizer", folder / "tokenizer")
+    network.save_pretrained(run / "model")
+    shutil.copytree(parent / "tokenizer", run / "tokenizer")
     bars = pd.DataFrame({"timestamps": pd.date_range("2024-07-01", periods=100, freq="h")})
     bars = bars.assign(open=1.0, high=1.0, low=1.0, close=1.0)
-    bars.to_csv(tmp_path / "bars.csv", index=False)
-    source = {"kind": "file", "path": str(tmp_path / "bars.csv"), "validation_share": 0.2, "test_share": 0.2}
+    bars.to_csv(folder / "bars.csv", index=False)
+    source = {"kind": "file", "path": str(folder / "bars.csv"), "validation_share": 0.2, "test_share": 0.2}
     record = {
         "command": "python -m cluster.train --config finetune.yaml",
         "device": "cpu",
@@ -55,8 +54,13 @@ def run_output(parent, tmp_path):
             "predictor": {"init_from": str(parent / "model"), "tokenizer": str(parent / "tokenizer")},
         },
     }
-    (folder / "training.json").write_text(json.dumps(record))
-    return folder
+    (run / "training.json").write_text(json.dumps(record))
+    return run
+
+
+@pytest.fixture
+def run_output(parent, tmp_path):
+    return finetune(parent, tmp_path)
 
 
 def report_of(bundle, **changes):
@@ -84,9 +88,18 @@ def report_of(bundle, **changes):
     return report | changes
 
 
+@pytest.fixture(scope="module")
+def exported(golden, tmp_path_factory):
+    """A run's output and the bundle made of it. Not to be changed."""
+    folder = tmp_path_factory.mktemp("exported")
+    run = finetune(golden, folder)
+    export(run, folder / "candidates" / "mine")
+    return run, folder / "candidates" / "mine"
+
+
 @pytest.fixture
-def bundle(run_output, tmp_path):
-    export(run_output, tmp_path / "candidates" / "mine")
+def bundle(exported, tmp_path):
+    shutil.copytree(exported[1], tmp_path / "candidates" / "mine")
     return tmp_path / "candidates" / "mine"
 
 
@@ -99,7 +112,9 @@ def weights_of(checkpoint):
     return {name: tensor.numpy().tobytes() for name, tensor in checkpoint.model.state_dict().items()}
 
 
-def test_a_bundle_is_complete_and_the_server_finds_it(bundle, run_output, parent):
+def test_a_bundle_is_complete_and_the_server_finds_it(run_output, parent, tmp_path):
+    bundle = tmp_path / "models" / "mine"
+    export(run_output, bundle)
     files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
     networks = {f"{part}/{name}" for part in ("model", "tokenizer") for name in ("config.json", "model.safetensors")}
     assert files == networks | {"README.md", "training.json", "SHA256SUMS"}
@@ -130,11 +145,31 @@ def test_a_bundle_is_complete_and_the_server_finds_it(bundle, run_output, parent
     assert "Not evaluated" in card
 
 
+def calibration_of(sha256):
+    entry = {"symbol": None, "bar_seconds": None, "n": 50, "first_bars": [1], "factors": [1.25]}
+    fitted = {"from": "2024-01-01", "to": "2024-02-01", "horizon": 12}
+    return {
+        "version": 1,
+        "method": "scale",
+        "model_sha256": sha256,
+        "fitted_on": fitted | {"sampling": {"temperature": 1.0, "top_k": 0, "top_p": 1.0}},
+        "entries": [entry | {"raw_coverage": {"0.8": 0.6}, "calibrated_coverage": {"0.8": 0.8}}],
+    }
+
+
+def test_a_calibration_of_other_weights_is_not_taken_along(run_output, tmp_path):
+    save(calibration_of("0" * 64), run_output / "calibration.json")
+    with pytest.raises(CheckpointMismatchError, match="fitted for other weights"):
+        export(run_output, tmp_path / "models" / "mine")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
 def test_report_and_calibration_go_along_and_are_in_the_manifest(run_output, bundle, tmp_path):
     save(report_of(bundle), run_output / "report.json")
-    calibration = save({"kind": "scale"}, tmp_path / "elsewhere.json")
+    calibration = calibration_of(report_of(bundle)["model"]["sha256"])
+    save(calibration, tmp_path / "elsewhere.json")
     made = tmp_path / "candidates" / "second"
-    export(run_output, made, name="Second", calibration=calibration)
+    export(run_output, made, name="Second", calibration=tmp_path / "elsewhere.json")
     manifest = (made / "SHA256SUMS").read_text()
     assert "report.json" in manifest
     assert "calibration.json" in manifest
@@ -172,7 +207,7 @@ def not_finite(folder):
         (not_finite, "NaN or infinite"),
         (lambda folder: (folder / "model" / "config.json").unlink(), "holds no config.json"),
         (lambda folder: shutil.rmtree(folder / "model"), "holds no config.json"),
-        (lambda folder: (folder / "training.json").unlink(), "training.json cannot be read"),
+        (lambda folder: (folder / "training.json").unlink(), "give run.output of a training run"),
         (lambda folder: (folder / "training.json").write_text("{"), "is not JSON"),
     ],
 )

@@ -95,7 +95,7 @@ def test_two_sessions_are_enough_to_know_the_night():
 
 def test_currencies_rest_from_friday_night_to_sunday_night():
     times = pd.date_range("2024-01-01", "2024-02-25", freq="15min")
-    week = times.dayofweek * 24 + times.hour
+    week = times.day_of_week * 24 + times.hour
     times = times[(week < 4 * 24 + 22) | (week >= 6 * 24 + 22)]
     assert kinds(times) == {"PAUSE": 7}
     gaps = find_gaps(without(times, "2024-01-24 03:00", "2024-01-24 04:00").to_numpy())

@@ -144,7 +144,7 @@ def test_mlflow_holds_what_was_logged(tmp_path):
     loggers.log(10, {"loss": 0.5})
     loggers.log(20, {"loss": 0.25})
     loggers.close()
-    client = mlflow.MlflowClient(tracking_uri=(tmp_path / "mlruns").as_uri())
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     [run] = client.search_runs([client.get_experiment_by_name("p").experiment_id])
     assert run.data.params == {"run.seed": "42"}
     assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [(10, 0.5), (20, 0.25)]

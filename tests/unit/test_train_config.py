@@ -9,8 +9,8 @@ import torch
 import yaml
 from torch import nn
 
-from cluster import train
-from cluster.config import Optimisation, load_config, parse_config
+from cluster import placement, run_folder, train
+from cluster.config import Optimisation, TrainingConfig, load_config, parse_config
 from cluster.stages import learning_rate, make_optimizer, weighted_tokenizer_loss
 from model.errors import InputError
 from model.kronos import Kronos
@@ -45,7 +45,21 @@ def raw_config(**changes):
         ({"tokenizer__phases__0__windows": 1}, r"tokenizer\.phases\.0\.windows .* 'window'"),
         ({"data__source__sereis": 1}, r"data\.source\.sereis .* 'series'"),
         ({"data__source__kind": "file", "data__source__paths": "x"}, r"data\.source\.paths .* 'path'"),
-        ({"run__num_workers": -1}, r"run\.num_workers: .* greater than or equal to 0"),
+        ({"training__num_workers": -1}, r"training\.num_workers: .* greater than or equal to 0"),
+        ({"training__num_workers": [3, 1]}, r"training\.num_workers: .* \[min, max\]"),
+        ({"training__num_workers": [2, 4]}, r"2 windows cannot be shared by 4 workers"),
+        ({"training__precision": "fp8"}, r"training\.precision: .* 'fp32', 'bf16' or 'fp16'"),
+        ({"training__micro_batch_size": 0}, r"training\.micro_batch_size: .* from 1 or auto"),
+        ({"tokenizer__phases__0__batch_size": "all"}, r"tokenizer\.phases\.0\.batch_size: .* from 1 or auto"),
+        ({"run__device": "cpu"}, r"run\.device is not a key: it stands at training\.device"),
+        ({"tokenizer__method": "lora"}, "lora needs init_from"),
+        ({"tokenizer__lora": {"rank": 2}}, "method is full"),
+        ({"tokenizer__depth": 2}, "without init_from they are random"),
+        ({"tokenizer__depth": 6, "tokenizer__init_from": "x"}, r"tokenizer\.depth: .* less than or equal to 5"),
+        ({"tokenizer__network__d_model": 8, "tokenizer__init_from": "x"}, "brings its own network"),
+        ({"tokenizer__init_from": "x", "tokenizer__method": "lora", "tokenizer__depth": 2}, "leave depth out"),
+        ({"tokenizer__init_from": "x", "tokenizer__lora": {"targets": ["z"]}}, r"tokenizer\.lora\.targets\.0"),
+        ({"tokenizer__early_stopping": {}}, r"tokenizer\.early_stopping\.patience: Field required"),
         ({"run__seed": "many"}, r"run\.seed: .* valid integer"),
         ({"run__name": "../x"}, r"run\.name: .* pattern"),
         ({"data__source__validation_seed": 1}, "must differ from seed"),
@@ -124,26 +138,53 @@ def test_shipped_configurations_are_valid_and_hold_out_the_scored_series(path):
     ],
 )
 def test_an_absent_gpu_is_a_warning_not_a_wait(monkeypatch, device, resources, expected):
-    monkeypatch.setattr(train, "resolve_device", lambda requested: (torch.device("cpu"), None))
-    placement = train.place_workers(device, 2, 1, resources)
-    assert (placement.use_gpu, placement.device, placement.warning is not None) == expected
-    if placement.warning:
-        assert device in placement.warning
-        assert "'cpu'" in placement.warning
+    monkeypatch.setattr(placement, "resolve_device", lambda requested: (torch.device("cpu"), None))
+    found = placement.place_workers(TrainingConfig(device=device, num_workers=2), resources)
+    assert (found.use_gpu, found.device, found.warning is not None) == expected
+    if found.warning:
+        assert device in found.warning
+        assert "'cpu'" in found.warning
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cpu"])
+@pytest.mark.parametrize("workers", [0, 2, (1, 2)])
+def test_a_required_gpu_that_is_absent_is_an_error(monkeypatch, device, workers):
+    monkeypatch.setattr(placement, "resolve_device", lambda requested: (torch.device("cpu"), None))
+    training = TrainingConfig(device=device, num_workers=workers, require_gpu=True)
+    with pytest.raises(InputError, match="there is no GPU") as caught:
+        placement.place_here(training) if workers == 0 else placement.place_workers(training, {"CPU": 4.0})
+    assert caught.value.code == "no_gpu"
 
 
 def test_too_few_cpus_and_nonsense_are_refused_before_the_start():
     with pytest.raises(InputError, match="need 8 CPUs and the cluster has 4"):
-        train.place_workers("cpu", 4, 2, {"CPU": 4.0})
+        placement.place_workers(TrainingConfig(device="cpu", num_workers=4, cpus_per_worker=2), {"CPU": 4.0})
     with pytest.raises(ValueError, match="accepted: auto"):
-        train.place_workers("toaster", 1, 1, {"CPU": 4.0})
+        placement.place_workers(TrainingConfig(device="toaster"), {"CPU": 4.0})
+    with pytest.raises(ValueError, match="accepted: auto"):
+        placement.place_workers(TrainingConfig(device="cuda:x"), {"CPU": 4.0})
 
 
-def test_a_run_with_another_configuration_is_not_resumed(tmp_path):
-    train._remember_config(parse_config(raw_config()), "tokenizer", tmp_path)
-    train._remember_config(parse_config(raw_config(run__threads=2)), "tokenizer", tmp_path)  # decides no number
+def test_an_elastic_run_needs_room_for_its_least_number_of_workers():
+    elastic = TrainingConfig(device="auto", num_workers=[2, 8])
+    assert not placement.place_workers(elastic, {"CPU": 2.0}).use_gpu
+    assert placement.place_workers(elastic, {"CPU": 8.0, "GPU": 2.0}).use_gpu
+    with pytest.raises(InputError, match="2 workers of 1 CPUs need 2 CPUs"):
+        placement.place_workers(elastic, {"CPU": 1.0})
+
+
+def test_a_run_with_another_configuration_or_other_inputs_is_not_resumed(tmp_path):
+    def remember(inputs=None, **changes):
+        run_folder.remember(parse_config(raw_config(**changes)), "tokenizer", inputs or {"data": "a"}, tmp_path)
+
+    remember()
+    remember(training__threads=2, tokenizer__keep=5)  # these decide no number
     with pytest.raises(InputError, match=r"another run\.seed: choose another"):
-        train._remember_config(parse_config(raw_config(run__seed=5)), "tokenizer", tmp_path)
+        remember(run__seed=5)
+    with pytest.raises(InputError, match=r"another training\.precision"):
+        remember(training__precision="bf16")
+    with pytest.raises(InputError, match=r"another inputs\.data"):
+        remember(inputs={"data": "b"})
 
 
 def small_predictor():

@@ -1,77 +1,28 @@
-"""One worker's loop without Ray: it learns, its steps are a function of the seed, and a restart changes no bit."""
+"""One worker without Ray: it learns, its steps are a function of the seed, and a restart changes no bit."""
 
-from types import SimpleNamespace
+import json
 
 import numpy as np
 import pytest
-import ray.train
 import torch
 
 from cluster.config import parse_config
-from cluster.loop import Worker
 from cluster.train import train
-from model.errors import CheckpointMismatchError
+from cluster.worker import Worker
+from model.errors import InputError
 from model.kronos import Kronos
 from model.tokenizer import KronosTokenizer
-
-CPU = torch.device("cpu")
-
-
-def config(stage, *, steps=40, output="out", seed=0, dropout=0.0, **stage_options):
-    network = {"d_model": 16, "n_heads": 2, "ff_dim": 32, "resid_dropout_p": dropout}
-    network |= (
-        {"n_enc_layers": 2, "n_dec_layers": 2, "s1_bits": 4, "s2_bits": 4} if stage == "tokenizer" else {"n_layers": 1}
-    )
-    options = {
-        "network": network,
-        "phases": [{"steps": steps, "window": 24, "batch_size": 8}],
-        "optimisation": {"learning_rate": 5e-3, "warmup_steps": 5},
-        "validation_windows": 16,
-        "validate_every": 1000,
-    }
-    if stage == "predictor":
-        options["tokenizer"] = "set by the test"
-    return parse_config(
-        {
-            "run": {"name": "t", "output": str(output), "seed": seed, "num_workers": 0, "device": "cpu"},
-            "data": {
-                "source": {
-                    "kind": "simulated",
-                    "seed": 1,
-                    "series": 8,
-                    "bars": 80,
-                    "validation_seed": 2,
-                    "validation_series": 4,
-                },
-                "stride": 4,
-            },
-            stage: options | stage_options,
-        }
-    )
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    """Rank 0 of 1, as Ray Train would say."""
-    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
-    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+from tests.tiny_training import CPU, save_tokenizer, tiny_config, weights
 
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    torch.manual_seed(0)
-    KronosTokenizer(6, 16, 2, 32, 2, 2, 0.0, 0.0, 0.0, 4, 4, 0.05, 1.0, 1.1, 0.05, 4).save_pretrained(folder)
-    return folder
-
-
-def weights(worker):
-    return torch.cat([p.detach().flatten() for p in worker.task.network.parameters()])
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "predictor"])
 def test_validation_loss_falls(stage, tokenizer_folder):
-    worker = Worker(config(stage, steps=120), stage, tokenizer_folder, CPU)
+    worker = Worker(tiny_config(stage, steps=120), stage, tokenizer_folder, CPU)
     before = worker.validate()["validation_loss"]
     for _ in range(120):
         worker.train_step()
@@ -87,7 +38,7 @@ def test_validation_loss_falls(stage, tokenizer_folder):
     ],
 )
 def test_a_restart_changes_no_bit(tmp_path, stage, options, tokenizer_folder):
-    settings = config(stage, steps=12, dropout=0.2, **options)
+    settings = tiny_config(stage, steps=12, dropout=0.2, **options)
     straight = Worker(settings, stage, tokenizer_folder, CPU)
     for _ in range(12):
         straight.train_step()
@@ -111,18 +62,12 @@ def test_a_restart_changes_no_bit(tmp_path, stage, options, tokenizer_folder):
         assert torch.equal(a["step"], b["step"])
 
 
-def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
-    Worker(config("tokenizer"), "tokenizer", None, CPU).save(tmp_path)
-    with pytest.raises(CheckpointMismatchError, match="another configuration"):
-        Worker(config("tokenizer", seed=1), "tokenizer", None, CPU).restore(tmp_path)
-
-
 def test_a_state_file_that_would_run_code_is_refused(tmp_path):
     class Harmful:
         def __reduce__(self):
             return (print, ("ran",))
 
-    worker = Worker(config("tokenizer"), "tokenizer", None, CPU)
+    worker = Worker(tiny_config("tokenizer"), "tokenizer", None, CPU)
     worker.save(tmp_path)
     torch.save({"step": Harmful()}, tmp_path / "state.pt")
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
@@ -131,7 +76,7 @@ def test_a_state_file_that_would_run_code_is_refused(tmp_path):
 
 def test_two_half_batches_give_the_gradient_of_the_whole(tokenizer_folder):
     """What DDP averages: each rank's share weighted by its scored positions."""
-    settings = config("predictor")
+    settings = tiny_config("predictor")
     whole = Worker(settings, "predictor", tokenizer_folder, CPU)
     batch = whole._stream(0)[0].batch(0)
     whole.task.loss(whole.network, batch, CPU).total.backward()
@@ -147,9 +92,25 @@ def test_two_half_batches_give_the_gradient_of_the_whole(tokenizer_folder):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
+def test_a_validation_between_two_steps_changes_nothing(tokenizer_folder):
+    """Dropout is on in every step, off in every validation, and draws nothing that a step would."""
+    plain, checked = (
+        Worker(tiny_config("predictor", dropout=0.3), "predictor", tokenizer_folder, CPU) for _ in range(2)
+    )
+    for _ in range(5):
+        plain.train_step()
+        checked.validate()
+        checked.train_step()
+    assert torch.equal(weights(plain), weights(checked))
+    without = Worker(tiny_config("predictor"), "predictor", tokenizer_folder, CPU)
+    for _ in range(5):
+        without.train_step()
+    assert not torch.equal(weights(plain), weights(without))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_validation_cannot_see_the_future(tokenizer_folder, training):
-    worker = Worker(config("predictor"), "predictor", tokenizer_folder, CPU)
+    worker = Worker(tiny_config("predictor"), "predictor", tokenizer_folder, CPU)
     network = worker.task.network.train(training)
     rng = np.random.default_rng(0)
     s1, s2 = (torch.from_numpy(rng.integers(16, size=(1, 20))) for _ in range(2))
@@ -163,33 +124,26 @@ def test_validation_cannot_see_the_future(tokenizer_folder, training):
 
 
 def test_positions_of_the_context_are_not_scored(tokenizer_folder):
-    worker = Worker(config("predictor"), "predictor", tokenizer_folder, CPU)
+    worker = Worker(tiny_config("predictor"), "predictor", tokenizer_folder, CPU)
     batch = worker._stream(0)[0].batch(0)
     loss = worker.task.loss(worker.network, batch, CPU)
     assert loss.weight == sum(batch.x.shape[1] - batch.context)
 
 
 def test_validation_without_a_position_to_score_is_an_error(tokenizer_folder):
-    worker = Worker(config("predictor"), "predictor", tokenizer_folder, CPU)
+    worker = Worker(tiny_config("predictor"), "predictor", tokenizer_folder, CPU)
     windows, batches = worker._validation
     late = np.datetime64("2100-01-01")
     object.__setattr__(windows.split, "begins", late)
     worker._validation = (windows, batches)
-    with pytest.raises(ValueError, match="no position to score"):
+    with pytest.raises(InputError, match="no position to score") as caught:
         worker.validate()
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run():
-    worker = Worker(config("tokenizer"), "tokenizer", None, CPU)
-    with torch.no_grad():
-        next(worker.task.network.parameters()).fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="tokenizer step 0: the gradient is nan"):
-        worker.train_step()
+    assert caught.value.code == "empty_validation"
 
 
 def test_phases_follow_one_another(tokenizer_folder):
     phases = [{"steps": 2, "window": 24, "batch_size": 8}, {"steps": 3, "window": 48, "batch_size": 2}]
-    worker = Worker(config("predictor", phases=phases), "predictor", tokenizer_folder, CPU)
+    worker = Worker(tiny_config("predictor", phases=phases), "predictor", tokenizer_folder, CPU)
     bars = [worker.train_step()[1] for _ in range(5)]
     assert bars == [8 * 25] * 2 + [2 * 49] * 3
     with pytest.raises(IndexError):
@@ -202,13 +156,13 @@ def test_local_mode_trains_both_stages_without_ray(tmp_path, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(ray, "init", forbidden)
-    settings = config("tokenizer", steps=6, output=tmp_path / "out").model_dump(mode="json")
-    predictor = config("predictor", steps=6).model_dump(mode="json")["predictor"]
+    monkeypatch.setattr("ray.init", forbidden)
+    settings = tiny_config("tokenizer", steps=6, folder=tmp_path).model_dump(mode="json")
+    predictor = tiny_config("predictor", steps=6).model_dump(mode="json")["predictor"]
     settings["predictor"] = predictor | {"tokenizer": None}
-    settings["run"]["storage"] = str(tmp_path / "runs")
     made = train(parse_config(settings), command="test")
     assert KronosTokenizer.from_pretrained(made["tokenizer"]).s1_bits == 4
     assert Kronos.from_pretrained(made["predictor"]).s2_bits == 4
-    assert (tmp_path / "out/training.json").is_file()
+    record = json.loads((tmp_path / "out/training.json").read_text())
+    assert {stage: entry["steps"] for stage, entry in record["stages"].items()} == {"tokenizer": 6, "predictor": 6}
     assert (tmp_path / "runs/t/tokenizer/metrics.jsonl").is_file()

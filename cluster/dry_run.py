@@ -1,0 +1,86 @@
+"""A run in small before the run at large: same data, networks and code, two steps a stage, in this process."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.bars import SymbolBars
+from cluster.config import TrainConfig, parse_config
+from cluster.data import load_splits
+from cluster.files import sha256_of
+from cluster.run_folder import STAGES
+from cluster.train import train
+from model.checkpoint import WEIGHTS_FILE
+from model.errors import KronosError
+from model.kronos import Kronos
+from model.predictor import KronosPredictor
+from model.tokenizer import KronosTokenizer
+from model.types import Sampling, Series
+
+STEPS = 2
+VALIDATION_WINDOWS = 8
+HISTORY, HORIZON = 64, 4
+
+
+def dry_run(config: TrainConfig) -> Iterator[str]:
+    """Yields a line for each thing that has worked; raises what the run would raise. Leaves no files."""
+    since = time.monotonic()
+    splits = load_splits(config.data)
+    sizes = ", ".join(f"{name} {sum(len(bars) for bars in split.series):,} bars" for name, split in splits.items())
+    yield f"data: {len(splits['train'].series)} symbols, {sizes}"
+    with tempfile.TemporaryDirectory(prefix="kronos-dry-run-") as folder:
+        small = _small(config, Path(folder))
+        made = train(small, command="dry run")
+        yield f"trained {STEPS} steps of {', '.join(made)}, saved"
+        digests = {stage: sha256_of(path / WEIGHTS_FILE) for stage, path in made.items()}
+        again = train(small, command="dry run")
+        if digests != {stage: sha256_of(path / WEIGHTS_FILE) for stage, path in again.items()}:
+            raise KronosError("the checkpoint that was read back gives other weights than the one that was saved")
+        yield "reloaded: the weights are the same"
+        yield _use(small, made, max(splits["validation"].series, key=len))
+    yield f"dry run: ok, {time.monotonic() - since:.1f} s"
+
+
+def _small(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The phase with the most bars a step, which needs the most memory, and little validation; without Ray."""
+    raw = config.model_dump(mode="json")
+    raw["run"] |= {"storage": str(folder / "runs"), "output": str(folder / "out")}
+    if raw["training"]["num_workers"] != 0:  # the GPUs are the cluster's, and need not be this machine's
+        raw["training"] |= {"num_workers": 0, "require_gpu": False}
+    for stage in STAGES:
+        if raw[stage] is None:
+            continue
+        largest = max(raw[stage]["phases"], key=_bars_a_step)
+        raw[stage] |= {
+            "phases": [largest | {"steps": STEPS}],
+            "validate_every": STEPS,
+            "validation_windows": VALIDATION_WINDOWS,
+            "log_every": 1,
+        }
+    return parse_config(raw)
+
+
+def _bars_a_step(phase: dict[str, Any]) -> float:
+    return float("inf") if phase["batch_size"] == "auto" else phase["window"] * phase["batch_size"]
+
+
+def _use(config: TrainConfig, made: dict[str, Path], bars: SymbolBars) -> str:
+    """Forecasts the last bars of a series with the pair; with a tokenizer alone it must load."""
+    tokenizer_folder = made.get("tokenizer") or (config.predictor and config.predictor.tokenizer)
+    tokenizer = KronosTokenizer.from_pretrained(str(tokenizer_folder))
+    if "predictor" not in made:
+        return f"loaded the tokenizer: {tokenizer.s1_bits} + {tokenizer.s2_bits} bits"
+    predictor = KronosPredictor(Kronos.from_pretrained(made["predictor"]), tokenizer, device=config.training.device)
+    first = max(0, len(bars) - HORIZON - HISTORY)
+    history, marks = bars.candles[first:-HORIZON], bars.marks[first:]
+    series = Series(history, marks[:-HORIZON], marks[-HORIZON:])
+    paths = predictor.forecast_series(series, Sampling(samples=1, seed=0)).values
+    if not np.isfinite(paths).all():
+        raise KronosError("the forecast of one window is not finite")
+    return f"forecast {HORIZON} bars from {len(history)}: close {paths[0, -1, 3]:.6g} after {history[-1, 3]:.6g}"
