@@ -19,9 +19,10 @@ import torch
 from cluster.bars import SymbolBars, read_bars
 from cluster.baselines import random_walk
 from cluster.card import write_card
+from cluster.forecasting import ModelChoice, make_predictor
 from cluster.scores import covered, crps_of_normal, crps_of_samples, invalid_share, paired_ratio
 from cluster.simulate import simulate
-from cluster.walk_forward import CLOSE, ModelChoice, make_predictor
+from cluster.walk_forward import CLOSE
 from model.errors import InputError
 from model.frames import normalise
 from model.predictor import KronosPredictor

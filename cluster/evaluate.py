@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,13 @@ import pandas as pd
 from cluster import backtest, card_scores, report
 from cluster.bars import SymbolBars
 from cluster.baselines import EXTRAS, Baseline, baselines
+from cluster.forecasting import ModelChoice, device_warning, forecast_all, ray_cluster
 from cluster.leakage import alarms, future_in_inputs, shuffled_labels
 from cluster.metrics import Scored, Table, Truth, overall_verdict
 from cluster.scores import Draws
 from cluster.training_record import overlap_warning
-from cluster.walk_forward import (
-    ModelChoice,
-    WalkForward,
-    Window,
-    Windows,
-    device_warning,
-    forecast_all,
-    pick_windows,
-    read_series,
-)
+from cluster.walk_forward import WalkForward, Window, Windows, pick_windows, read_series
+from cluster.walk_forward_options import add_walk_forward_arguments, print_progress, walk_forward_of
 from model.calibration import Calibration, load_calibration, usual_bar_seconds
 from model.errors import InputError, KronosError
 from model.registry import load_checkpoint
@@ -87,7 +81,8 @@ def evaluate(
     said: list[str] = []
     scored = _score_baselines(windows, truth, setting, extras, said)
     choices = {"model": choice} | ({"parent": parent} if parent is not None else {})
-    models, invalid = {}, {}
+    models: dict[str, dict[str, Any]] = {}
+    calibrations: dict[str, Calibration | None] = {}
     for name, one in choices.items():
         checkpoint = load_checkpoint(one.source)
         models[name] = {
@@ -98,10 +93,15 @@ def evaluate(
             "version": checkpoint.model_version,
             "tokenizer_version": checkpoint.tokenizer_version,
         }
-        calibration = load_calibration(one.folder, checkpoint.sha256) if name == "model" else None
-        invalid[name] = _score_model(
-            name, one, windows, truth, setting, scored, calibration, workers=workers, on_progress=on_progress
-        )
+        calibrations[name] = load_calibration(one.folder, checkpoint.sha256) if name == "model" else None
+    # One cluster for all of them: starting one takes longer than many forecasts.
+    with ray_cluster() if workers else nullcontext():
+        invalid = {
+            name: _score_model(
+                name, one, windows, truth, setting, scored, calibrations[name], workers=workers, on_progress=on_progress
+            )
+            for name, one in choices.items()
+        }
     table = Table(truth, seed=setting.seed)
     metrics = {name: table.metrics(one) for name, one in _ordered(scored).items()}
     for name, share in invalid.items():
@@ -272,58 +272,6 @@ def _text(time: np.datetime64 | None) -> str | None:
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-
-
-def moment(text: str | None, option: str) -> np.datetime64 | None:
-    """A command-line date or time. Raises InputError for what is not ISO 8601."""
-    if text is None:
-        return None
-    try:
-        stamp = pd.Timestamp(text)
-    except ValueError:
-        raise InputError(f"{option} {text!r} is not a date such as 2024-07-01", code="not_a_time") from None
-    return (stamp.tz_convert("UTC").tz_localize(None) if stamp.tz is not None else stamp).to_datetime64()
-
-
-def add_walk_forward_arguments(parser: argparse.ArgumentParser) -> None:
-    """What evaluation and calibration ask alike."""
-    defaults = WalkForward()
-    parser.add_argument(
-        "--model", "--bundle", default="bundled", help="bundle folder, published alias, org/repo, or bundled"
-    )
-    parser.add_argument("--tokenizer", help="folder or org/repo, where the model's folder holds none")
-    parser.add_argument("--data", nargs="+", metavar="FILE", help="CSV or Parquet files, folders or quoted globs")
-    parser.add_argument("--time-column", default="timestamps", help="column of the bars' times")
-    parser.add_argument("--symbol-column", default="symbol", help="column of the symbol; absent: one symbol a file")
-    parser.add_argument("--from", dest="begins", metavar="DATE", help="first moment of the period; default: all data")
-    parser.add_argument("--to", dest="ends", metavar="DATE", help="end of the period, exclusive; default: all data")
-    parser.add_argument("--history", type=int, default=defaults.history, help="bars a forecast sees")
-    parser.add_argument("--horizon", type=int, default=defaults.horizon, help="bars to forecast")
-    parser.add_argument("--samples", type=int, default=defaults.samples, help="paths a forecast")
-    parser.add_argument("--every", type=int, help="bars between neighbouring origins; default: the horizon")
-    parser.add_argument("--window", default=defaults.window, help="past the context: exact, hop:K or fit")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="of all forecasts")
-    parser.add_argument("--workers", type=int, default=0, help="Ray actors; 0: this process, without Ray")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads a worker; rounding depends on them")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-
-
-def walk_forward_of(options: argparse.Namespace, **sampling: Any) -> WalkForward:
-    return WalkForward(
-        begins=moment(options.begins, "--from"),
-        ends=moment(options.ends, "--to"),
-        history=options.history,
-        horizon=options.horizon,
-        samples=options.samples,
-        every=options.horizon if options.every is None else options.every,
-        seed=options.seed,
-        window=options.window,
-        **sampling,
-    )
-
-
-def print_progress(what: str, done: int, total: int) -> None:
-    print(f"{what}: {done}/{total} forecasts", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from cluster.card import TRAINING_FILE
+from cluster.data import describe_splits
+from cluster.data_config import DataConfig
 from model.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingPeriod(NamedTuple):
@@ -29,18 +35,26 @@ def training_period(bundle: Path) -> TrainingPeriod | None:
         source = record["config"]["data"]["source"]
         if source["kind"] == "simulated":
             return None
-        # Where the splits are configured as shares, the record of the data holds the moments that they came to.
-        known = {**source, **{name: value for name, value in (record.get("data") or {}).items() if value is not None}}
-        return TrainingPeriod(*(_moment(known.get(key)) for key in ("validation_from", "test_from")))
+        known: dict[str, Any] = record.get("data") or {}
+        if "validation_from" not in known:
+            known = _splits(record["config"]["data"])
+        moments = [known.get(key) for key in ("validation_from", "test_from")]
+        return TrainingPeriod(*(None if moment is None else utc_moment(moment) for moment in moments))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a record of cluster.train: {error!r}", code="bad_record") from error
 
 
-def _moment(text: str | None) -> np.datetime64 | None:
-    if text is None:
-        return None
-    import pandas as pd
+def _splits(config: dict[str, Any]) -> dict[str, str | None]:
+    """The moments of a run that was not exported: as configured, or what its shares of the data come to."""
+    try:
+        return describe_splits(DataConfig.model_validate(config))
+    except (InputError, OSError) as error:
+        logger.warning("the data that the model was trained on cannot be read any more: %s", error)
+        return {}
 
+
+def utc_moment(text: str) -> np.datetime64:
+    """An ISO 8601 date or time, in UTC if it has a time zone. Raises ValueError."""
     stamp = pd.Timestamp(text)
     return (stamp.tz_convert("UTC").tz_localize(None) if stamp.tz is not None else stamp).to_datetime64()
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import ray
 
+from cluster.forecasting import ModelChoice, forecast_all
 from cluster.simulate import simulate
-from cluster.walk_forward import ModelChoice, WalkForward, forecast_all, pick_windows
+from cluster.walk_forward import WalkForward, pick_windows
 from model.errors import CheckpointNotFoundError, InputError
 
 
@@ -36,12 +37,12 @@ def closes(choice, windows, workers):
     return np.concatenate([part.closes for part in parts])
 
 
-def test_any_number_of_workers_gives_the_same_numbers(choice):
+@pytest.mark.parametrize("workers", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_any_number_of_workers_gives_the_same_numbers(choice, workers):
     windows = pick_windows(simulate(5, 3, 130, bar_minutes=(60,)), SETTING).chosen
     here = closes(choice, windows, 0)
     assert here.shape == (len(windows), 32, 6)
-    for workers in (1, 2):
-        np.testing.assert_array_equal(closes(choice, windows, workers), here)
+    np.testing.assert_array_equal(closes(choice, windows, workers), here)
 
 
 def test_what_cannot_run_is_said_and_nothing_waits(choice):

@@ -10,8 +10,9 @@ from cluster.bars import bars_from_frame
 from cluster.card_scores import round_trip
 from cluster.config import parse_config
 from cluster.evaluate import evaluate
+from cluster.forecasting import ModelChoice, make_predictor
 from cluster.train import train
-from cluster.walk_forward import ModelChoice, WalkForward, make_predictor
+from cluster.walk_forward import WalkForward
 
 HISTORY, HORIZON, SYMBOLS, BARS = 64, 8, 8, 3000
 TIMES = pd.date_range("2024-07-01", periods=BARS, freq="h")
@@ -24,8 +25,8 @@ def train_tiny(folder, frame, *, seed, tokenizer_steps, predictor_steps):
     common = {"validate_every": 200, "validation_windows": 64, "log_every": 200}
     window = HISTORY + HORIZON
     config = {
-        "run": {"name": "tiny", "storage": str(folder / "runs"), "output": str(folder / "out"), "seed": seed}
-        | {"device": "cpu", "num_workers": 0, "threads": 1},
+        "run": {"name": "tiny", "storage": str(folder / "runs"), "output": str(folder / "out"), "seed": seed},
+        "training": {"device": "cpu", "num_workers": 0, "threads": 1},
         "data": {
             "source": {
                 "kind": "file",

@@ -8,8 +8,10 @@ import pytest
 
 from cluster import calibration as fitting
 from cluster.bars import SymbolBars
+from cluster.forecasting import ModelChoice
 from cluster.scores import covered
-from cluster.walk_forward import ModelChoice, WalkForward
+from cluster.training_record import training_period
+from cluster.walk_forward import WalkForward
 from model.calibration import CALIBRATION_FILE, load_calibration, parse_calibration, typical_move, usual_bar_seconds
 from model.errors import CheckpointMismatchError, InputError
 
@@ -173,6 +175,20 @@ def test_the_validation_period_is_the_default(trained):
     assert (found.begins, found.ends) == (day("2024-07-01"), day("2024-08-01"))
     inside = WalkForward(begins=day("2024-07-05"), ends=day("2024-07-20"))
     assert fitting.validation_setting(trained, inside) == inside
+
+
+def test_the_moments_of_a_bundle_stand_in_its_record_of_the_data(tmp_path):
+    """export writes them there, where the splits were configured as shares of files that may be gone."""
+    source = {"kind": "file", "path": "gone.csv", "validation_share": 0.15, "test_share": 0.15}
+    record = {"config": {"data": {"source": source}}, "data": {"sha256": "0", "validation_from": "2024-07-01T00:00:00"}}
+    record["data"]["test_from"] = "2024-07-20T00:00:00"
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    assert training_period(tmp_path) == (day("2024-07-01"), day("2024-07-20"))
+    (tmp_path / "training.json").write_text(json.dumps({"config": record["config"]}))
+    assert training_period(tmp_path) == (None, None)
+    (tmp_path / "training.json").write_text("[]")
+    with pytest.raises(InputError, match=r"not a record of cluster\.train"):
+        training_period(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from cluster import calibration
 from cluster import evaluate as command
 from cluster.bars import SymbolBars, bars_from_frame, frame_from_bars
 from cluster.evaluate import evaluate
+from cluster.forecasting import ModelChoice
 from cluster.leakage import alarms, future_in_inputs, shuffled_labels
 from cluster.metrics import Table
-from cluster.walk_forward import ModelChoice, WalkForward, pick_windows, read_series
+from cluster.walk_forward import WalkForward, pick_windows, read_series
 from model.calibration import CALIBRATION_FILE, load_calibration
 from model.errors import InputError
 from model.registry import CheckpointSource, load_checkpoint
@@ -296,7 +297,7 @@ def test_a_bundle_is_calibrated_on_the_bars_that_are_named(tmp_path, golden, cap
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert set(report["calibration"]) == {"raw_coverage", "calibrated_coverage"}
     assert "calibrated" in report["metrics"]
-    assert calibration.main(["fit", *fit, "--from", "2024-07-07"]) == 2
+    assert calibration.main(["fit", *fit, "--from", "2024-07-08"]) == 2
     assert "are too few to calibrate on" in capsys.readouterr().err
 
 

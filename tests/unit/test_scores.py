@@ -179,7 +179,8 @@ def test_card_says_what_was_measured_and_what_is_missed(tmp_path, tokenizer):
             "tokenizer": {"weights": 1000, "steps": 5, "bars": 2_500_000, "minutes": 1.5, "validation_loss": 0.25}
         },
         "config": {
-            "run": {"seed": 7, "num_workers": 1},
+            "run": {"seed": 7},
+            "training": {"num_workers": 1},
             "tokenizer": {"phases": [{"window": 32}, {"window": 96}]},
             "data": {
                 "source": {

@@ -1,0 +1,227 @@
+"""What a model says about windows: in this process, or on Ray actors, with the same numbers.
+
+The seed of a forecast is a function of (seed, symbol, origin), and the windows that share the engine's steps are the
+same ones whoever computes them: rounding depends on who steps together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import ray
+import torch
+
+from cluster.bars import SymbolBars, invalid_candles
+from cluster.walk_forward import CLOSE, WalkForward, Window
+from model.device import resolve_device
+from model.engine.types import Request, WindowPolicy
+from model.errors import InputError
+from model.predictor import KronosPredictor
+from model.registry import BUNDLED, BUNDLED_FOLDER, PUBLISHED, Checkpoint, CheckpointSource, load_checkpoint
+from model.types import Sampling, Series
+
+ROWS_TOGETHER = 256
+"""Paths that share the engine's steps: enough to fill its matrix products."""
+WORK_TOGETHER = 500_000
+"""Rows × steps of one share; the engine's queue takes twice as much."""
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """What to forecast with: "bundled", a published alias, org/repo, or a folder with model/ and tokenizer/."""
+
+    model: str
+    tokenizer: str | None = None
+    device: str = "auto"
+    threads: int = 1
+
+    @property
+    def source(self) -> CheckpointSource:
+        if self.model in PUBLISHED and self.tokenizer is None:
+            return PUBLISHED[self.model]
+        if self.model == "bundled":
+            return BUNDLED
+        return CheckpointSource(Path(self.model).resolve().name, self.model, self.tokenizer)
+
+    @property
+    def folder(self) -> Path:
+        """Where training.json and calibration.json lie, if the model is a bundle on this machine."""
+        return BUNDLED_FOLDER if self.model == "bundled" else Path(self.model)
+
+
+def make_predictor(choice: ModelChoice) -> tuple[Checkpoint, KronosPredictor]:
+    """Raises CheckpointError. torch's threads are set for the process, because rounding depends on them."""
+    torch.set_num_threads(choice.threads)
+    checkpoint = load_checkpoint(choice.source)
+    device = resolve_device(choice.device)[0]
+    predictor = KronosPredictor(
+        checkpoint.model,
+        checkpoint.tokenizer,
+        device,
+        checkpoint.source.max_context,
+        # Several workers share the memory of a CPU, while a GPU is one's own.
+        cache_bytes=2**30 if device.type == "cpu" else None,
+    )
+    return checkpoint, predictor
+
+
+@dataclass(frozen=True)
+class Forecasts:
+    """Of the windows first, first + 1, … closes: float64 [n, S, H]. invalid: share of sampled candles whose high or low
+    is not outermost."""
+
+    first: int
+    closes: np.ndarray
+    invalid: float
+
+
+def forecast_windows(predictor: Any, windows: Sequence[Window], setting: WalkForward, first: int = 0) -> Forecasts:
+    """Forecasts of some windows, which share the engine's steps. predictor: a KronosPredictor."""
+    policy = WindowPolicy.parse(setting.window)
+    requests = [Request(_series(window, setting), _sampling(window, setting), policy) for window in windows]
+    predictor.engine.run(requests)
+    closes, invalid = [], []
+    for request in requests:
+        if request.error is not None:
+            raise request.error
+        values = cast(np.ndarray, request.normalised) * cast(np.ndarray, request.scale) + cast(np.ndarray, request.mean)
+        closes.append(values[:, :, CLOSE].astype(np.float64))
+        invalid.append(invalid_candles(values).mean())
+    return Forecasts(first, np.stack(closes), float(np.mean(invalid)))
+
+
+def _series(window: Window, setting: WalkForward) -> Series:
+    cut, marks = window.cut, window.bars.marks
+    return Series(window.known(setting), marks[cut - setting.history : cut], marks[cut : cut + setting.horizon])
+
+
+def _sampling(window: Window, setting: WalkForward) -> Sampling:
+    key = f"{setting.seed}|{window.bars.symbol}|{window.origin.astype('datetime64[ns]').astype(np.int64)}"
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1
+    return Sampling(setting.temperature, setting.top_k, setting.top_p, setting.samples, seed)
+
+
+def forecast_all(
+    choice: ModelChoice,
+    windows: Sequence[Window],
+    setting: WalkForward,
+    *,
+    workers: int = 0,
+    on_done: Callable[[int], None] = lambda done: None,
+) -> Iterator[Forecasts]:
+    """Forecasts of all windows, in their order. workers: Ray actors; 0 computes in this process, without Ray.
+
+    on_done: told how many windows have been forecast. Raises CheckpointError, InputError.
+    """
+    share = max(1, min(ROWS_TOGETHER // setting.samples, WORK_TOGETHER // (setting.samples * setting.horizon)))
+    shares = [(first, windows[first : first + share]) for first in range(0, len(windows), share)]
+    done = 0
+    for result in _in_process(choice, shares, setting) if workers == 0 else _on_ray(choice, shares, setting, workers):
+        done += len(result.closes)
+        on_done(done)
+        yield result
+
+
+Share = tuple[int, Sequence[Window]]
+
+
+def _in_process(choice: ModelChoice, shares: Sequence[Share], setting: WalkForward) -> Iterator[Forecasts]:
+    _, predictor = make_predictor(choice)
+    for first, windows in shares:
+        yield forecast_windows(predictor, windows, setting, first)
+
+
+class Forecaster:
+    """A Ray actor: one predictor, and the series, which are sent once."""
+
+    def __init__(self, choice: ModelChoice, setting: WalkForward, series: list[SymbolBars]) -> None:
+        self._setting, self._series = setting, series
+        _, self._predictor = make_predictor(choice)
+
+    def forecast(self, first: int, places: list[tuple[int, int]]) -> Forecasts:
+        """places: (number of the series, cut) of each window."""
+        windows = [Window(self._series[number], cut, 1) for number, cut in places]
+        return forecast_windows(self._predictor, windows, self._setting, first)
+
+
+def _on_ray(choice: ModelChoice, shares: Sequence[Share], setting: WalkForward, workers: int) -> Iterator[Forecasts]:
+    """One actor a worker; results in order, at most two shares an actor under way."""
+    workers = min(workers, len(shares))
+    series = list({id(window.bars): window.bars for _, windows in shares for window in windows}.values())
+    numbers = {id(bars): number for number, bars in enumerate(series)}
+    with ray_cluster():
+        options, choice = _placement(choice, workers)
+        stored = ray.put(series)
+        # What a lost actor had under way is asked of its successor: the seeds are in the windows.
+        actors: list[Any] = [
+            ray.remote(Forecaster)
+            .options(max_restarts=2, max_task_retries=2, **options)
+            .remote(choice, setting, stored)
+            for _ in range(workers)
+        ]
+        waiting: list[Any] = []
+        for turn, (first, windows) in enumerate(shares):
+            if len(waiting) >= 2 * workers:
+                yield _result(waiting.pop(0))
+            places = [(numbers[id(window.bars)], window.cut) for window in windows]
+            waiting.append(actors[turn % workers].forecast.remote(first, places))
+        for reference in waiting:
+            yield _result(reference)
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _result(reference: Any) -> Forecasts:
+    try:
+        return cast(Forecasts, ray.get(reference))
+    except ray.exceptions.RayTaskError as error:
+        # As in this process: the error of the computing itself, not Ray's wrapping of it.
+        raise error.cause from None
+    except ray.exceptions.ActorDiedError as error:
+        raise InputError(f"a worker could not be started or died too often: {error}", code="worker_lost") from None
+
+
+def _placement(choice: ModelChoice, workers: int) -> tuple[dict[str, float], ModelChoice]:
+    """Ray's resources for an actor. Raises InputError for CPUs that the cluster lacks: Ray would wait for ever."""
+    found = ray.cluster_resources()
+    cpus, gpus = found.get("CPU", 0.0), found.get("GPU", 0.0)
+    if workers * choice.threads > cpus:
+        raise InputError(
+            f"{workers} workers of {choice.threads} threads need {workers * choice.threads} CPUs and the cluster has "
+            f"{cpus:g}: ask for fewer --workers or --threads",
+            code="too_few_cpus",
+        )
+    if choice.device in ("auto", "cuda") and gpus >= workers:
+        return {"num_cpus": choice.threads, "num_gpus": 1}, choice
+    device = "cpu" if choice.device == "auto" else choice.device
+    return {"num_cpus": choice.threads}, ModelChoice(choice.model, choice.tokenizer, device, choice.threads)
+
+
+def device_warning(choice: ModelChoice) -> str | None:
+    """What asking for an absent device comes to."""
+    return resolve_device(choice.device)[1]
+
+
+@contextmanager
+def ray_cluster() -> Iterator[None]:
+    """The cluster this process is connected to, or the one of RAY_ADDRESS, or a private one that is stopped again."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if address == "local":
+        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=True)
+    else:
+        ray.init(address=address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
