@@ -26,9 +26,10 @@ from ray.data.exceptions import UserCodeException
 from cluster.batch_config import BatchConfig, check, parse_arguments
 from cluster.batch_files import Source, find_files, scan
 from cluster.batch_forecaster import Forecaster, Work, unit_rows
-from cluster.batch_place import Placement, place_actors, ray_session
+from cluster.batch_place import Placement, place_actors
 from cluster.batch_plan import Spread, Unit, plan_spread, plan_units, remove_spread, spread_file
 from cluster.batch_store import SPREAD_FOLDER, Store
+from cluster.ray_session import ray_session
 from model.errors import InputError, KronosError
 from model.registry import Checkpoint, CheckpointSource, load_checkpoint
 
@@ -79,7 +80,8 @@ def run_batch(config: BatchConfig, *, show: TextIO | None = None) -> Summary:
     complete = store.finished(_identity(config, checkpoint, None), inputs)
     if complete is not None:
         return Summary(complete.symbols, complete.errors, seconds=time.monotonic() - began)
-    with ray_session(config.ray_address):
+    # What actors have to say comes back in their rows.
+    with ray_session(config.ray_address, log_to_driver=False, logging_level=logging.WARNING):
         place = place_actors(
             ray.available_resources(),
             device=config.device,

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import ray
 
 from cluster.plan import gpu_slots
 from model.device import resolve_device
@@ -71,22 +65,3 @@ def place_actors(
 
 def _has_mps() -> bool:
     return resolve_device("auto")[0].type == "mps"
-
-
-@contextmanager
-def ray_session(address: str | None) -> Iterator[None]:
-    """The Ray cluster this process is connected to; else the one at `address`; else a private one on this machine."""
-    if ray.is_initialized():
-        yield
-        return
-    # What actors have to say comes back in their rows.
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if address is None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-    else:
-        ray.init(address=address, **quiet)
-    try:
-        yield
-    finally:
-        ray.shutdown()

@@ -8,6 +8,7 @@ With --card, --candles or --scores instead of --data it measures a bundle for it
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,9 +23,10 @@ import pandas as pd
 from cluster import backtest, card_scores, report
 from cluster.bars import SymbolBars
 from cluster.baselines import EXTRAS, Baseline, baselines
-from cluster.forecasting import ModelChoice, device_warning, forecast_all, ray_cluster
+from cluster.forecasting import ModelChoice, device_warning, forecast_all
 from cluster.leakage import alarms, future_in_inputs, shuffled_labels
 from cluster.metrics import Scored, Table, Truth, overall_verdict
+from cluster.ray_session import ray_session
 from cluster.scores import Draws
 from cluster.training_record import overlap_warning
 from cluster.walk_forward import WalkForward, Window, Windows, pick_windows, read_series
@@ -95,7 +97,7 @@ def evaluate(
         }
         calibrations[name] = load_calibration(one.folder, checkpoint.sha256) if name == "model" else None
     # One cluster for all of them: starting one takes longer than many forecasts.
-    with ray_cluster() if workers else nullcontext():
+    with ray_session(os.environ.get("RAY_ADDRESS")) if workers else nullcontext():
         invalid = {
             name: _score_model(
                 name, one, windows, truth, setting, scored, calibrations[name], workers=workers, on_progress=on_progress

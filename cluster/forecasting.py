@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +18,7 @@ import ray
 import torch
 
 from cluster.bars import SymbolBars, invalid_candles
+from cluster.ray_session import ray_session
 from cluster.walk_forward import CLOSE, WalkForward, Window
 from model.device import resolve_device
 from model.engine.types import Request, WindowPolicy
@@ -156,7 +156,7 @@ def _on_ray(choice: ModelChoice, shares: Sequence[Share], setting: WalkForward, 
     workers = min(workers, len(shares))
     series = list({id(window.bars): window.bars for _, windows in shares for window in windows}.values())
     numbers = {id(bars): number for number, bars in enumerate(series)}
-    with ray_cluster():
+    with ray_session(os.environ.get("RAY_ADDRESS")):
         options, choice = _placement(choice, workers)
         stored = ray.put(series)
         # What a lost actor had under way is asked of its successor: the seeds are in the windows.
@@ -207,21 +207,3 @@ def _placement(choice: ModelChoice, workers: int) -> tuple[dict[str, float], Mod
 def device_warning(choice: ModelChoice) -> str | None:
     """What asking for an absent device comes to."""
     return resolve_device(choice.device)[1]
-
-
-@contextmanager
-def ray_cluster() -> Iterator[None]:
-    """The cluster this process is connected to, or the one of RAY_ADDRESS, or a private one that is stopped again."""
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = os.environ.get("RAY_ADDRESS", "local")
-    if address == "local":
-        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=True)
-    else:
-        ray.init(address=address)
-    try:
-        yield
-    finally:
-        ray.shutdown()

@@ -27,6 +27,7 @@ from cluster.group import Group
 from cluster.lineage import code_drift, inputs_of
 from cluster.loop import STOP_FILE, ray_train_loop, run_stage
 from cluster.placement import Placement, place_here, place_workers
+from cluster.ray_session import ray_session
 from cluster.run_folder import STAGES, copy_network, export, fingerprint, record, remember
 from model.device import resolve_device
 from model.errors import KronosError
@@ -107,24 +108,12 @@ def _ray_for(config: TrainConfig) -> Iterator[None]:
     if config.training.num_workers == 0:
         yield
         return
-    import ray
-
     # Ray Train asks its workers for news this often; each report waits for it (default 2 s).
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Ray Train copies what workers print into its own log, so that every line would come twice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    if ray.is_initialized():
+    with ray_session(config.training.ray_address):
         yield
-        return
-    if config.training.ray_address is None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=True)
-    else:
-        ray.init(address=config.training.ray_address)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _train_stage(config: TrainConfig, stage: str, tokenizer: Path | None, signals: _Signals, command: str) -> Path:

@@ -1,0 +1,30 @@
+"""The Ray cluster that a command of this package runs on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def ray_session(address: str | None, **options: Any) -> Iterator[None]:
+    """The cluster this process is connected to; else the one at `address`; else a private one, stopped at the end.
+
+    address: None or "local" for a private one, on this machine alone. options: of ray.init.
+    """
+    import ray  # seconds, and some commands do without
+
+    if ray.is_initialized():
+        yield
+        return
+    if address in (None, "local"):
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+    else:
+        ray.init(address=address, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
