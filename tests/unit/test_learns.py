@@ -100,10 +100,11 @@ def sampled_information(network):
     context = network.context(s1, s2)
     generator = torch.Generator().manual_seed(4)
     found = []
-    for row in context[:, -1:]:
-        p1 = network.next_s1_logits(row.unsqueeze(0)).softmax(-1)[0]
+    for sequence in context.split(1):
+        p1 = network.next_s1_logits(sequence).softmax(-1)[0]
         drawn = torch.multinomial(p1, 256, replacement=True, generator=generator)
-        given = network.next_s2_logits(row.expand(256, 1, -1), drawn).softmax(-1)
+        # s1 asks the whole context: with a single position there would be nothing to choose from.
+        given = network.next_s2_logits(sequence.expand(256, -1, -1), drawn).softmax(-1)
         mixture = given.mean(0)
         found.append(float((given * (given / mixture).log()).sum(-1).mean()))
     return sum(found) / len(found)
