@@ -24,13 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from cluster.files import sha256_of
 from cluster.simulate import simulate
 from model.calibration import load_calibration
 from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from model.errors import CheckpointMismatchError, InputError
 from model.predictor import KronosPredictor
-from model.registry import MANIFEST_FILE, Checkpoint, CheckpointSource, load_checkpoint
+from model.registry import MANIFEST_FILE, Checkpoint, CheckpointSource, load_checkpoint, sha256_of
 from model.types import Sampling, Series
 
 NETWORKS = ("tokenizer", "model")

@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.files import sha256_of, write_atomically
+from cluster.files import write_atomically
 from model.errors import CheckpointMismatchError
+from model.registry import sha256_of
 
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "checkpoints.json"

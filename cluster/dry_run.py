@@ -13,13 +13,13 @@ import numpy as np
 from cluster.bars import SymbolBars
 from cluster.config import TrainConfig, parse_config
 from cluster.data import load_splits
-from cluster.files import sha256_of
 from cluster.run_folder import STAGES
 from cluster.train import train
 from model.checkpoint import WEIGHTS_FILE
 from model.errors import KronosError
 from model.kronos import Kronos
 from model.predictor import KronosPredictor
+from model.registry import sha256_of
 from model.tokenizer import KronosTokenizer
 from model.types import Sampling, Series
 

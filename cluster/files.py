@@ -1,16 +1,9 @@
-"""Files that are whole or not there, and what is in them in one number."""
+"""Files that are whole or not there."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -10,9 +10,9 @@ import torch
 
 from cluster.config import Stage, TokenizerStage, TrainConfig
 from cluster.data import WindowSet, fixed_subset, load_splits
-from cluster.files import sha256_of
 from cluster.sources import describe_source
 from model.checkpoint import WEIGHTS_FILE, resolve_folder
+from model.registry import sha256_of
 from model.tokenizer import KronosTokenizer
 
 

@@ -14,8 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from cluster.bundle import (
     CARD_FILE,
     NETWORKS,
@@ -32,6 +30,7 @@ from cluster.bundle import (
 from cluster.bundle_card import bundle_card, promotion_section
 from cluster.card import TRAINING_FILE
 from cluster.export import require_same_weights
+from cluster.training_record import utc_moment
 from model.calibration import CALIBRATION_FILE
 from model.errors import InputError, KronosError
 from model.registry import Checkpoint
@@ -122,14 +121,9 @@ def _not_held_out(report: dict[str, Any], training: dict[str, Any]) -> list[str]
     begins = period.get("from") or period.get("first_origin")
     if begins is None:
         return ["the report does not say when its period begins"]
-    if _moment(begins) >= _moment(held_out):
+    if utc_moment(begins) >= utc_moment(held_out):
         return []
     return [f"the report's period begins at {begins}, and only bars from {held_out} on were held out of training"]
-
-
-def _moment(text: str) -> pd.Timestamp:
-    moment = pd.Timestamp(text)
-    return moment.tz_convert("UTC").tz_localize(None) if moment.tz is not None else moment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

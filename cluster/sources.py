@@ -12,9 +12,9 @@ import numpy as np
 
 from cluster.bars import SymbolBars, find_files, read_bars
 from cluster.data_config import FileSource, QlibSource, SimulatedSource
-from cluster.files import sha256_of
 from cluster.qlib import read_qlib
 from model.errors import InputError
+from model.registry import sha256_of
 
 CACHE_PARTS = ("times", "candles", "marks")
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from cluster.adapters import ADAPTERS_FILE, add_adapters, load_adapters, merge_adapters, save_adapters
 from cluster.config import Lora, Optimisation, PredictorShape, PredictorStage, Stage, TokenizerShape, TokenizerStage
 from cluster.data import Batch
-from cluster.files import sha256_of
 from cluster.freezing import freeze
 from model.checkpoint import WEIGHTS_FILE, PretrainedMixin, resolve_folder
 from model.errors import CheckpointMismatchError
 from model.kronos import Kronos
 from model.losses import TokenizerLoss, predictor_loss, tokenizer_loss
+from model.registry import sha256_of
 from model.tokenizer import KronosTokenizer
 from model.types import COLUMNS
 

@@ -136,7 +136,7 @@ def load_checkpoint(source: CheckpointSource) -> Checkpoint:
         )
     _require_finite(model, model_source)
     _require_finite(tokenizer, tokenizer_source)
-    model_digest, tokenizer_digest = (_sha256(folder / WEIGHTS_FILE) for folder in (model_folder, tokenizer_folder))
+    model_digest, tokenizer_digest = (sha256_of(folder / WEIGHTS_FILE) for folder in (model_folder, tokenizer_folder))
     return Checkpoint(
         source=source,
         model=model,
@@ -174,7 +174,7 @@ def _check_manifest(folder: Path) -> None:
         if entry is None:
             raise CheckpointMismatchError(f"{MANIFEST_FILE} holds a line that sha256sum does not write")
         path = folder / entry[2]
-        if not path.is_file() or _sha256(path) != entry[1]:
+        if not path.is_file() or sha256_of(path) != entry[1]:
             raise CheckpointMismatchError(f"{entry[2]} is not the file that {MANIFEST_FILE} lists")
 
 
@@ -184,7 +184,8 @@ def _require_finite(network: nn.Module, source: str) -> None:
             raise CheckpointMismatchError(f"{source}: {name} holds NaN or infinite values")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
