@@ -92,9 +92,14 @@ class SequenceCache:
         if done == 0:
             return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), is_causal=True).float()
         keys, values, _, _ = self._layer(layer, q.shape[1])
-        seen = causal(new, done + new, q.device)
+        return self._attend_shared(q, keys, values, done + new)
+
+    @staticmethod
+    def _attend_shared(q: Tensor, keys: Tensor, values: Tensor, bars: int) -> Tensor:
+        """q [1, H, g, d] of the newest g of `bars` bars attends to their part of keys and values [H, …, d], causally."""
+        seen = causal(q.shape[2], bars, q.device) if q.shape[2] > 1 else None
         return F.scaled_dot_product_attention(
-            q.to(dtype), keys[None, :, : done + new], values[None, :, : done + new], attn_mask=seen
+            q.to(keys.dtype), keys[None, :, :bars], values[None, :, :bars], attn_mask=seen
         ).float()
 
     def attend_own(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -111,13 +116,9 @@ class SequenceCache:
         paths, heads, new, width = q.shape
         keys, values, own_keys, own_values = self._layer(layer, heads)
         dtype = keys.dtype
-        q = (q * (1 / math.sqrt(width))).to(dtype)
         if self._single:
-            bars = self.history_length + own
-            scores = (q[0] @ keys[:, :bars].transpose(1, 2)).float()
-            if new > 1:
-                scores = scores.masked_fill(~causal(new, bars, q.device), -torch.inf)
-            return (scores.softmax(-1).to(dtype) @ values[:, :bars]).float()[None]
+            return self._attend_shared(q, keys, values, self.history_length + own)
+        q = (q * (1 / math.sqrt(width))).to(dtype)
         bars, parts = self.history_length, []
         if bars:
             # All paths ask the same keys: one matrix product per head serves them together.
