@@ -366,6 +366,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "command": "python benchmarks/engine.py " + " ".join(sys.argv[1:]).replace(options.reference or "\0", "PATH"),
         "device": device_info(device).summary(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": options.threads,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -23,7 +23,8 @@ def table(result: dict[str, Any]) -> str:
         cells = [row["case"], f"{row['public_s']:.1f}" if row["public_s"] is not None else "–"]
         for precision in precisions:
             ratio = row.get(f"{precision}_ratio")
-            cells.append(f"{row[f'{precision}_s']:.2f}" + (f" ({ratio:.0f}×)" if ratio is not None else ""))
+            shown = "" if ratio is None else f" ({ratio:.{0 if ratio >= 10 else 1}f}×)"
+            cells.append(f"{row[f'{precision}_s']:.2f}{shown}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -35,6 +36,8 @@ def main() -> None:
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     machine = result["device"].split(",")[0].removeprefix("cpu (")
+    if "cpu" in result:
+        machine += f" ({result['cpu']})"
     text = (
         f"{BEGIN}\nSeconds per whole forecast, random weights in the published shapes, {result['threads']} threads of "
         f"an {machine}, {result['date']}; ratio = time of the public implementation / ours, in the same run.\n\n"
