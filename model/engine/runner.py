@@ -22,11 +22,13 @@ from model.engine.packing import packed
 from model.engine.sampler import RowSettings, SeededNoise, draw_noise, sample_rows, sample_sorted
 from model.engine.stack import Stack
 from model.engine.types import EngineConfig, Request
+from model.errors import InputError
 from model.frames import normalise
 from model.generate import decode
 from model.kronos import Kronos
 from model.sampler import S1_HEAD, S2_HEAD
 from model.tokenizer import KronosTokenizer
+from model.types import MARK_SIZES
 
 DECODE_CHUNK = 64
 """Bars of each path that pass the tokenizer's decoder at once, which bounds the memory of its attention scores."""
@@ -144,13 +146,16 @@ class Runner:
         s1, s2 = self._tokenizer.encode(torch.from_numpy(np.ascontiguousarray(x))[None].to(self._device), half=True)
         history = torch.stack((s1, s2), dim=-1)
         tokens = torch.cat((history, history.new_zeros(1, request.horizon, 2)), dim=1).repeat(request.rows, 1, 1)
-        marks = torch.from_numpy(np.concatenate((request.series.marks, request.series.future_marks)))
+        marks = np.concatenate((request.series.marks, request.series.future_marks))
+        if ((marks < 0) | (marks >= MARK_SIZES)).any():
+            # On a GPU a look-up past the end of a table would take the process with it, and everybody in it.
+            raise InputError("a time mark is out of range: make them with model.frames.time_marks", code="bad_marks")
         memory = self._memory.narrow(0, block.offset, block.size)
         seed = request.sampling.seed
         return Lane(
             request=request,
             tokens=tokens,
-            times=self._model.time_emb(marks.to(self._device)[None])[0],
+            times=self._model.time_emb(torch.from_numpy(marks).to(self._device)[None])[0],
             cache=SequenceCache(memory, self._stack.layers + 1, self._width, *self._cache_shape(request)),
             mean=mean,
             scale=scale,
@@ -181,17 +186,18 @@ class Runner:
 
     @torch.inference_mode()
     def step(self, lanes: Sequence[Lane]) -> None:
-        """Samples the next bar of every lane."""
+        """Samples the next bar of every lane. If it raises, no lane has got one."""
         fresh = [lane for lane in lanes if lane.fresh]
         advancing = [lane for lane in lanes if not lane.fresh]
-        tokens = self._step_graphed(advancing) if advancing and self._graphs is not None else None
+        tokens = self._step_graphed(advancing) if advancing else None
+        if advancing and tokens is None:
+            self._advance(advancing)
+        eager = lanes if tokens is None else fresh
+        chosen = self._choose(eager) if eager else None
         if tokens is not None:
             self._append(advancing, tokens)
-            lanes = fresh
-        elif advancing:
-            self._advance(advancing)
-        if lanes:
-            self._append(lanes, self._choose(lanes))
+        if chosen is not None:
+            self._append(eager, chosen)
 
     def _choose(self, lanes: Sequence[Lane]) -> Tensor:
         """Samples from the lanes' newest contexts; tokens int64 [R, 2]."""
@@ -212,6 +218,9 @@ class Runner:
 
     def _step_graphed(self, lanes: Sequence[Lane]) -> Tensor | None:
         """As _advance and _choose, with fixed shapes; None where those have to do it."""
+        rows = sum(lane.request.rows for lane in lanes)
+        if self._graphs is None or not self._graphs.takes(rows):
+            return None
         newest = torch.cat([lane.tokens[:, lane.end - 1] for lane in lanes])
         places = [
             place(lane.end - 1 - lane.start, path, lane.request.rows, lane.cache)
@@ -231,7 +240,7 @@ class Runner:
             noise=torch.stack(noise, dim=1),
         )
         longest = max(lane.end - lane.start for lane in lanes)
-        tokens = cast(GraphedSteps, self._graphs).run(step, longest)
+        tokens = self._graphs.run(step, longest)
         if tokens is not None:
             for lane in lanes:
                 lane.cache.own_length += 1
