@@ -17,7 +17,8 @@ from model.engine.types import EngineConfig, Request, State
 from model.errors import QueueFullError, RequestTooLargeError
 
 BYPASS_LIMIT = 32
-"""How often a request that does not fit yet may be overtaken by smaller ones before it blocks the queue."""
+"""How many requests may overtake the first one that does not fit yet before all wait behind it; and how many that do
+not fit are looked at in a step."""
 OLDEST_EVERY = 4
 """One prefill chunk in so many goes to the oldest request: short ones must not keep a long one waiting for ever."""
 IDLE_CHUNK = 512
@@ -81,21 +82,30 @@ class Scheduler:
                 "give the engine more"
             )
         if self._queue and self.queued_work + request.work > self._config.max_queued_work:
-            raise QueueFullError(f"{self.queued_work} rows × steps are waiting already")
+            raise QueueFullError(
+                f"{self.queued_work} rows × steps are waiting already, and {request.work} more would pass the bound of "
+                f"{self._config.max_queued_work}: ask again later, for less at a time, or give the engine more "
+                "(KronosPredictor with throughput=True takes any amount)"
+            )
         self._queue.append(request)
         self._submitted += 1
         self._order[request] = self._submitted
 
     def admit(self) -> None:
         """Moves requests from the queue to prefilling, as far as rows and cache allow."""
+        rows = self.running_rows
+        waiting: list[Request] = []
         for request in list(self._queue):
-            fits_rows = self.running_rows == 0 or self.running_rows + request.rows <= self._config.max_rows
+            if waiting and max(self._overtaken.get(waiting[0], 0), len(waiting)) >= BYPASS_LIMIT:
+                break
+            fits_rows = rows == 0 or rows + request.rows <= self._config.max_rows
             block = self._arena.allocate(self._cache_size(request)) if fits_rows else None
             if block is None:
-                waited = self._overtaken[request] = self._overtaken.get(request, 0) + 1
-                if waited > BYPASS_LIMIT:
-                    break
+                waiting.append(request)
                 continue
+            if waiting:
+                self._overtaken[waiting[0]] = self._overtaken.get(waiting[0], 0) + 1
+            rows += request.rows
             self._queue.remove(request)
             self._overtaken.pop(request, None)
             self._blocks[request] = block
