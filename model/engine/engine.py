@@ -47,12 +47,14 @@ class Engine:
     def run(self, requests: Sequence[Request]) -> None:
         """Submits requests and returns once all have ended; each one's state says how.
 
+        They are each other's companions, unless they name theirs.
+
         Raises QueueFullError or RequestTooLargeError, and then none of the requests has been taken.
         """
         companions = object()
         for request in requests:
             # Who reads bars as they come wants the first ones early.
-            request.companions = None if request.on_bars else companions
+            request.companions = None if request.on_bars else request.companions or companions
         self.submit(requests)
         self.finish(requests)
 
