@@ -32,6 +32,8 @@ from model.types import MARK_SIZES
 
 DECODE_CHUNK = 64
 """Bars of each path that pass the tokenizer's decoder at once, which bounds the memory of its attention scores."""
+DECODE_SHARE = 2048
+"""Rows × bars that pass it between two steps: 8 GFLOP with a published tokenizer."""
 CHUNK_WORK = 1_000_000_000
 """Weights × rows × bars of a prefill chunk on the CPU: 2 GFLOP."""
 
@@ -43,7 +45,8 @@ class Lane:
     tokens: int64 [S, T + H, 2]. times: summed time embeddings [T + H, D]. cache: of the model's blocks and its
     cross-attention. start: first bar of the window. step: bars generated.
     fresh: the newest bar is cached, as it is after a prefill, and context is its position, [1 or S, 1, D].
-    noise: of a seeded request. decoded, decoder_cache: bars that have passed the tokenizer's decoder, and its cache.
+    noise: of a seeded request. decoder_cache: of the tokenizer's decoder; decoded: shares of the result, [S, n, 6].
+    told: bars that on_bars has had.
     """
 
     request: Request
@@ -59,6 +62,7 @@ class Lane:
     noise: SeededNoise | None = None
     decoded: list[np.ndarray] = field(default_factory=list)
     decoder_cache: SequenceCache | None = None
+    told: int = 0
 
     @property
     def end(self) -> int:
@@ -91,6 +95,8 @@ class Runner:
         self._tokenizer = cast(KronosTokenizer, packed(tokenizer, "fp32", device))
         self._plain_blocks, self._plain_tokenizer = model.transformer, tokenizer
         self._width = model.d_model
+        # Between two steps a GPU may be given more to do.
+        self._speed = 1 if device.type == "cpu" else 16
         self._vocabulary = 2 ** max(model.s1_bits, model.s2_bits)
         # A GPU must not wait for the host to look at its numbers.
         self._sample = sample_rows if device.type == "cpu" else sample_sorted
@@ -122,7 +128,7 @@ class Runner:
         if self._config.prefill_chunk is not None:
             return self._config.prefill_chunk
         weights = sum(weight.numel() for weight in self._plain_blocks.parameters())
-        return max(8, CHUNK_WORK // max(1, weights)) * (1 if self._device.type == "cpu" else 16)
+        return max(8, CHUNK_WORK // max(1, weights)) * self._speed
 
     @property
     def slot_size(self) -> int:
@@ -314,32 +320,32 @@ class Runner:
             return torch.tensor(values, device=self._device)
         return torch.tensor(values).pin_memory().to(self._device, non_blocking=True)
 
+    def streams(self, request: Request) -> bool:
+        """True if bars are final before the end: the decoder's window, the last max_context bars, holds the horizon."""
+        return request.horizon <= self._config.max_context
+
     @torch.inference_mode()
     def decode(self, lane: Lane) -> np.ndarray:
-        """Candles of the bars generated since the last call, normalised: float32 [S, n, 6]. They are final.
+        """The next share of candles among the bars that are generated, normalised: float32 [S, n, 6]. They are final.
 
         The decoder is causal and its window, the last max_context bars of history and whole horizon, is known from the
-        start. A horizon longer than that has no such window and is decoded at its end.
+        start. A horizon longer than that has no such window; its bars are decoded at the end, and in one piece.
         """
         request, limit = lane.request, self._config.max_context
-        if request.horizon > limit:
-            if not lane.finished:
-                return np.empty((request.rows, 0, 6), np.float32)
+        if not self.streams(request):
             return decode(self._plain_tokenizer, lane.tokens, request.horizon, limit).cpu().numpy()
         start = max(0, request.history + request.horizon - limit)
         if lane.decoder_cache is None:
             lane.decoder_cache = self._open_decoder(lane, start)
-        cache, pieces = lane.decoder_cache, []
-        while cache.own_length < lane.step:
-            first = request.history + cache.own_length
-            bars = slice(first, min(lane.end, first + DECODE_CHUNK))
-            positions = slice(bars.start - start, bars.stop - start)
-            hidden = self._decoder.run(self._decoder_input(lane.tokens[:, bars]), positions, cache.attend_own)
-            cache.own_length += bars.stop - bars.start
-            pieces.append(self._tokenizer.head(hidden))
-        if not pieces:
-            return np.empty((request.rows, 0, 6), np.float32)
-        return torch.cat(pieces, dim=1).float().cpu().numpy()
+        cache = lane.decoder_cache
+        # However many wait, a share is the same: its size is part of how the numbers round.
+        share = min(DECODE_CHUNK, max(1, DECODE_SHARE * self._speed // request.rows))
+        first = request.history + cache.own_length
+        bars = slice(first, min(lane.end, first + share))
+        positions = slice(bars.start - start, bars.stop - start)
+        hidden = self._decoder.run(self._decoder_input(lane.tokens[:, bars]), positions, cache.attend_own)
+        cache.own_length += bars.stop - bars.start
+        return self._tokenizer.head(hidden).float().cpu().numpy()
 
     def _open_decoder(self, lane: Lane, start: int) -> SequenceCache:
         """The decoder's cache with the history's bars in it, which all paths share."""

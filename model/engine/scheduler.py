@@ -1,9 +1,9 @@
 """Policy: who is admitted, who is prefilled, who steps. Knows requests and sizes, no tensors.
 
-One plan a step: at most one chunk of one prefill, and one step for every running request. Running requests therefore
-never wait for more than a chunk, whatever else arrives, and whosever window slides and is computed again. Only
-companions wait for each other: their caller gains nothing from the first one's bars, and steps of all their rows cost
-less.
+One plan a step: at most one chunk of one prefill, or one share of decoding a large result to candles, and one step for
+every running request. Running requests therefore never wait for more than that, whatever else arrives or ends, and
+whosever window slides and is computed again. Only companions wait for each other: their caller gains nothing from the
+first one's bars, and steps of all their rows cost less.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ IDLE_CHUNK = 512
 
 @dataclass(frozen=True)
 class Plan:
-    """What one engine step computes: prefill is (request, rows × bars), decode the requests that advance by one bar."""
+    """What one engine step computes: prefill is (request, rows × bars), decode the requests that advance by one bar.
+
+    prefill may name a request that is DECODING: its result is what a share is computed of.
+    """
 
     prefill: tuple[Request, int] | None
     decode: list[Request]
@@ -50,7 +53,7 @@ class Scheduler:
         self._queue: deque[Request] = deque()
         self._overtaken: dict[Request, int] = {}
         self._blocks: dict[Request, Block] = {}
-        self._prefilling: dict[Request, int] = {}  # rows × bars that are left to compute
+        self._prefilling: dict[Request, int] = {}  # rows × bars that are left to compute, or to decode
         self._plans = 0
         self._running: list[Request] = []
         self._submitted = 0
@@ -118,7 +121,9 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """The next step. The shortest remaining prefill goes first: a long history then delays nobody but itself."""
-        awaited = {id(group) for request in self._prefilling for group in _groups(request)}
+        awaited = {
+            id(group) for request in self._prefilling if request.state is State.PREFILLING for group in _groups(request)
+        }
         decode = [request for request in self._running if not any(id(group) in awaited for group in _groups(request))]
         prefill = None
         if self._prefilling:
@@ -147,6 +152,13 @@ class Scheduler:
         self._running.remove(request)
         self._prefilling[request] = left
         request.state = State.PREFILLING
+
+    def decode_later(self, request: Request, left: int) -> None:
+        """Takes a request that has all its tokens out of the steps; rows × bars of its result are left to decode."""
+        if request in self._running:
+            self._running.remove(request)
+        self._prefilling[request] = left
+        request.state = State.DECODING
 
     def remove(self, request: Request) -> None:
         """Takes a request out, wherever it is, and frees its cache."""

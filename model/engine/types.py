@@ -18,6 +18,7 @@ class State(enum.Enum):
     QUEUED = "queued"
     PREFILLING = "prefilling"
     RUNNING = "running"
+    DECODING = "decoding"
     FINISHED = "finished"
     CANCELLED = "cancelled"
     FAILED = "failed"

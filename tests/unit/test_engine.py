@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.device import precision_obstacle
-from model.engine import graphs
+from model.engine import graphs, runner
 from model.engine.engine import Engine
 from model.engine.kv_cache import Arena, CacheIntegrityError
 from model.engine.packing import Int8Linear
@@ -464,7 +464,7 @@ def test_a_large_request_that_waits_is_overtaken_so_often_and_no_more(tiny, seri
     long = Request(series_of(0, 20, 400), Sampling(samples=2, seed=0))
     large = Request(series_of(0, 20, 2), Sampling(samples=7, seed=0))
     running.submit([long, large])
-    for _ in range(2 * BYPASS_LIMIT):
+    for _ in range(BYPASS_LIMIT + 5):
         running.step()
     for overtaken in range(BYPASS_LIMIT + 1):
         small = Request(series_of(0, 5, 1), Sampling(seed=0))
@@ -508,3 +508,32 @@ def test_companions_of_several_calls_step_together(tiny, series_of):
     running.run(requests[:1])
     running.wait(requests)
     assert running.stats().steps == 6
+
+
+def test_decoding_a_large_result_leaves_the_others_their_steps(tiny, series_of, monkeypatch):
+    monkeypatch.setattr(runner, "DECODE_SHARE", 20)
+    running, steps = engine(tiny), []
+    other = Request(series_of(0, 20, 200), Sampling(seed=0), on_step=steps.append)
+    large, dropped = (Request(series_of(0, 30, 30), Sampling(samples=5, seed=1)) for _ in range(2))
+    running.submit([other, large])
+    while large.state is not State.DECODING:
+        running.step()
+    before = len(steps)
+    running.wait([large])
+    # Four bars of five paths at a time; the first share was taken with the last step.
+    assert len(steps) - before == 7
+    alone = Request(large.series, large.sampling)
+    engine(tiny).run([alone])
+    np.testing.assert_array_equal(candles(large), candles(alone))
+    np.testing.assert_allclose(candles(large), plain(tiny, large.series, large.sampling, 512)[1], rtol=1e-3, atol=1e-3)
+
+    stop = threading.Event()
+    dropped.should_stop = stop.is_set
+    running.submit([dropped])
+    while dropped.state is not State.DECODING:
+        running.step()
+    stop.set()
+    running.step()
+    assert dropped.state is State.CANCELLED
+    assert running.running_rows() == 1
+    running.check_integrity()
