@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from model.checkpoint import PretrainedMixin
 from model.layers import Attention, RMSNorm, TransformerBlock, run_blocks
+from model.types import MARK_SIZES
 
 CROSS_ATTENTION_HEADS = 4
 """Of every published size, whatever n_heads is."""
@@ -54,11 +55,12 @@ class TimeEmbedding(nn.Module):
     def __init__(self, d_model: int, learned: bool) -> None:
         super().__init__()
         table = nn.Embedding if learned else SinusoidTable
-        self.minute_embed = table(60, d_model)
-        self.hour_embed = table(24, d_model)
-        self.weekday_embed = table(7, d_model)
-        self.day_embed = table(32, d_model)
-        self.month_embed = table(13, d_model)
+        minutes, hours, weekdays, days, months = MARK_SIZES
+        self.minute_embed = table(minutes, d_model)
+        self.hour_embed = table(hours, d_model)
+        self.weekday_embed = table(weekdays, d_model)
+        self.day_embed = table(days, d_model)
+        self.month_embed = table(months, d_model)
 
     def forward(self, marks: Tensor) -> Tensor:
         """marks [B, T, 5] in the order of model.types.TIME_MARKS → [B, T, D]."""

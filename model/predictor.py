@@ -72,7 +72,7 @@ class KronosPredictor:
 
         clip: bound on normalised values. precision: fp32, bf16, int8, or auto; as resolve_precision takes it.
         cache_bytes: memory for keys and values, allocated once; None takes a quarter of the device's memory, of which
-        the CPU commits only what is used. max_rows: paths that step together; more wait.
+        the CPU commits only what is used, and on MPS at most 2 GiB. max_rows: paths that step together; more wait.
         compile: prepares steps with torch.compile on first use, minutes the first time; engine.warnings says if it
         could not.
         throughput: for many series at once rather than for short waits: a history is computed in one piece, so that its
@@ -98,7 +98,7 @@ class KronosPredictor:
             max_context=max_context,
             clip=clip,
             precision=self.precision,
-            cache_bytes=cache_bytes or memory_bytes(self.device) // 4,
+            cache_bytes=cache_bytes or _cache_bytes(self.device),
             max_rows=max_rows,
             compile_rows=COMPILED_ROWS if compile else (),
         )
@@ -263,16 +263,25 @@ class KronosPredictor:
         should_stop: StopCheck | None = None,
         on_step: StepCallback | None = None,
         on_bars: BarsCallback | None = None,
+        companions: object | None = None,
     ) -> Paths:
         """Arrays in, arrays out: what the server calls. Blocks until all paths are there.
 
         Calls from several threads share the engine's steps. on_bars receives bars as soon as they are final.
+        companions: the same object for all series of one caller who waits for the last of them; they step together,
+        which costs less. on_bars makes it void.
         Raises InputError for settings out of range, ForecastCancelledError once should_stop() is true, and
         EngineFullError.
         """
         check_sampling(sampling)
         [request] = self._generate(
-            [series], sampling, window, should_stop=should_stop, on_step=on_step, on_bars=on_bars
+            [series],
+            sampling,
+            window,
+            should_stop=should_stop,
+            on_step=on_step,
+            on_bars=on_bars,
+            companions=companions,
         )
         return self._paths(request)
 
@@ -323,19 +332,26 @@ class KronosPredictor:
         should_stop: StopCheck | None = None,
         on_step: StepCallback | None = None,
         on_bars: BarsCallback | None = None,
+        companions: object | None = None,
     ) -> list[Request]:
         """Runs one request per series to its end; raises the first error of any."""
         policy = _window_policy(window, self.max_context, max(series.horizon for series in batch))
         group = object()
         requests = [
-            Request(series, sampling, policy, group, should_stop=should_stop, on_step=on_step, on_bars=on_bars)
-            for series in batch
+            Request(series, sampling, policy, group, companions, should_stop, on_step, on_bars) for series in batch
         ]
         self.engine.run(requests)
         for request in requests:
             if request.error is not None:
                 raise request.error
         return requests
+
+
+def _cache_bytes(device: torch.device) -> int:
+    """Memory for keys and values where nobody says how much."""
+    share = memory_bytes(device) // 4
+    # Operations of MPS end the process on arrays past 4 GiB (pytorch issue 149325).
+    return min(share, 2**31) if device.type == "mps" else share
 
 
 def _candles(request: Request, normalised: np.ndarray | None) -> np.ndarray:
@@ -350,11 +366,16 @@ def _window_policy(text: str, max_context: int, horizon: int) -> WindowPolicy:
     except ValueError as error:
         raise InputError(str(error), code="invalid_window", column="window") from None
     if policy.hop > max_context:
-        raise InputError(f"window={text} drops more than the {max_context} bars there are", code="invalid_window")
+        raise InputError(
+            f"window={text} drops more than the {max_context} bars there are: use hop:16 or exact",
+            code="invalid_window",
+            column="window",
+        )
     if policy.name == "fit" and horizon > max_context:
         raise InputError(
             f"window=fit needs a horizon of at most {max_context} bars, not {horizon}: use exact or hop:16",
             code="invalid_window",
+            column="window",
         )
     return policy
 

@@ -7,6 +7,7 @@ torch.multinomial(p, 1) computes. R rows, V vocabulary entries.
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from model.errors import InputError
 from model.types import Sampling
 
 S1_HEAD, S2_HEAD = 0, 1
+
+LOWEST_TEMPERATURE = 1e-6
+"""Below this and above 0, logits / temperature nears the end of float32, past which no token has a probability."""
 
 Noise = Callable[[int, int, int, int], Tensor]
 """(rows, vocabulary, step, head) → Exp(1) noise, float32 [rows, vocabulary]."""
@@ -26,12 +30,16 @@ _LOW_32 = 0xFFFFFFFF
 
 def check_sampling(sampling: Sampling) -> None:
     """Raises InputError, naming the field, for settings that do not describe a distribution."""
+    temperature, top_k, samples, seed = sampling.temperature, sampling.top_k, sampling.samples, sampling.seed
     problems = {
-        "temperature": not 0 <= sampling.temperature < float("inf") and "must be finite and not negative (0 is greedy)",
-        "top_k": sampling.top_k < 0 and "must not be negative (0 is off)",
+        "temperature": not (temperature == 0 or LOWEST_TEMPERATURE <= temperature < float("inf"))
+        and f"must be 0 (greedy), or at least {LOWEST_TEMPERATURE:g} and finite",
+        "top_k": not (isinstance(top_k, Integral) and 0 <= top_k < 2**31)
+        and "must be a whole number from 0 (off) to 2**31 - 1",
         "top_p": not 0 <= sampling.top_p <= 1 and "must lie between 0 and 1 (1 is off)",
-        "samples": sampling.samples < 1 and "must be at least 1",
-        "seed": sampling.seed is not None and not 0 <= sampling.seed < 2**64 and "must be at least 0 and below 2**64",
+        "samples": not (isinstance(samples, Integral) and samples >= 1) and "must be a whole number, at least 1",
+        "seed": not (seed is None or (isinstance(seed, Integral) and 0 <= seed < 2**64))
+        and "must be a whole number from 0 to 2**64 - 1",
     }
     for name, problem in problems.items():
         if problem:
@@ -95,7 +103,7 @@ def seeded_noise(seed: int, device: torch.device) -> Noise:
 
 def split_seed(seed: int) -> tuple[int, int]:
     """The 64-bit key as two 32-bit words, the lower one first."""
-    return seed & _LOW_32, seed >> 32
+    return int(seed) & _LOW_32, int(seed) >> 32
 
 
 def philox_noise(seed: int, path: Tensor, position: Tensor, vocabulary: int) -> Tensor:

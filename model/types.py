@@ -13,6 +13,9 @@ COLUMNS = ("open", "high", "low", "close", "volume", "amount")
 TIME_MARKS = ("minute", "hour", "weekday", "day", "month")
 """Order of the five time marks of a bar, read off the local wall clock of its timestamp."""
 
+MARK_SIZES = (60, 24, 7, 32, 13)
+"""How many values each of them can have, from 0; days and months count from 1."""
+
 StopCheck = Callable[[], bool]
 """Asked once a step; True ends the computing with ForecastCancelledError."""
 

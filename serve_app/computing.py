@@ -136,7 +136,12 @@ def _compute(engine: Engine, task: Task, progress: Progress, on_bars: BarsCallba
         if calibrated is not None and on_bars is not None:
             on_bars = calibrated.bars(on_bars)
         paths = engine.forecast(
-            task.series, task.sampling, window=task.window, should_stop=should_stop, on_bars=on_bars
+            task.series,
+            task.sampling,
+            window=task.window,
+            should_stop=should_stop,
+            on_bars=on_bars,
+            companions=progress,
         )
         return paths if calibrated is None else calibrated.paths(paths)
     except InputError as error:

@@ -49,9 +49,16 @@ class PredictorEngine:
         should_stop: StopCheck | None = None,
         on_step: StepCallback | None = None,
         on_bars: BarsCallback | None = None,
+        companions: object | None = None,
     ) -> Paths:
         paths: Paths = self._predictor.forecast_series(
-            series, sampling, window=window, should_stop=should_stop, on_step=on_step, on_bars=on_bars
+            series,
+            sampling,
+            window=window,
+            should_stop=should_stop,
+            on_step=on_step,
+            on_bars=on_bars,
+            companions=companions,
         )
         return paths
 

@@ -150,8 +150,11 @@ class Engine(Protocol):
         should_stop: StopCheck | None = None,
         on_step: StepCallback | None = None,
         on_bars: BarsCallback | None = None,
+        companions: object | None = None,
     ) -> Paths:
         """Blocks until all paths are there. on_bars receives bars as soon as they are final.
+
+        companions: the same object for all series of one caller, who waits for the last of them.
 
         Raises InputError, ForecastCancelledError once should_stop() is true, and EngineFullError.
         """

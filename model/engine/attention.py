@@ -96,7 +96,7 @@ class SequenceCache:
 
     @staticmethod
     def _attend_shared(q: Tensor, keys: Tensor, values: Tensor, bars: int) -> Tensor:
-        """q [1, H, g, d] of the newest g of `bars` bars attends to their part of keys and values [H, …, d], causally."""
+        """q [1, H, g, d] of the newest g of `bars` bars attends to keys and values [H, …, d] of them, causally."""
         seen = causal(q.shape[2], bars, q.device) if q.shape[2] > 1 else None
         return F.scaled_dot_product_attention(
             q.to(keys.dtype), keys[None, :, :bars], values[None, :, :bars], attn_mask=seen

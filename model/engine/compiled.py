@@ -70,9 +70,12 @@ class CompiledStack:
             self._stack = Stack(blocks, positions, device)
             self._steps = {count: self._compiled(count) for count in sorted(rows)}
         except Exception as error:  # a compiler fails in a hundred ways, and none of them may stop a forecast
-            self._steps = {}
-            self.warning = f"torch.compile is off: {type(error).__name__}: {str(error)[:200]}"
-            logger.warning("%s", self.warning)
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._steps = {}
+        self.warning = f"torch.compile is off: {type(error).__name__}: {str(error)[:200]}"
+        logger.warning("%s", self.warning)
 
     def _compiled(self, rows: int) -> Step:
         """The step for that many rows, compiled by a first call."""
@@ -92,7 +95,7 @@ class CompiledStack:
         return compiled
 
     def run(self, x: Tensor, positions: Tensor, attend: AttendLayer) -> Tensor | None:
-        """As Stack.run for x [R, 1, D] and positions [R]; None if no step of so many rows is compiled."""
+        """As Stack.run for x [R, 1, D] and positions [R]; None if no step of so many rows is compiled, or it fails."""
         count = len(x)
         rows = next((rows for rows in self._steps if rows >= count), None)
         if rows is None:
@@ -101,7 +104,11 @@ class CompiledStack:
         if rows > count:
             x = F.pad(x, (0, 0, 0, 0, 0, rows - count))
             positions = F.pad(positions, (0, rows - count))
-        return self._steps[rows](x, positions)[:count]
+        try:
+            return self._steps[rows](x, positions)[:count]
+        except Exception as error:  # such as a compilation anew, in settings of torch that were not there at the start
+            self._give_up(error)
+            return None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the rows that count; the rows that fill up get their query back. [R, H, 1, d]."""

@@ -47,12 +47,14 @@ class Engine:
     def run(self, requests: Sequence[Request]) -> None:
         """Submits requests and returns once all have ended; each one's state says how.
 
+        They are each other's companions, unless they name theirs.
+
         Raises QueueFullError or RequestTooLargeError, and then none of the requests has been taken.
         """
         companions = object()
         for request in requests:
             # Who reads bars as they come wants the first ones early.
-            request.companions = None if request.on_bars else companions
+            request.companions = None if request.on_bars else request.companions or companions
         self.submit(requests)
         self.finish(requests)
 
@@ -109,9 +111,13 @@ class Engine:
             self._scheduler.admit()
             plan = self._scheduler.plan()
         if plan.prefill is not None:
-            started = time.perf_counter()
-            ended |= self._prefill(*plan.prefill, held_up=bool(plan.decode))
-            self._stats.prefill_seconds += time.perf_counter() - started
+            request, chunk = plan.prefill
+            if request.state is State.DECODING:
+                ended |= self._finish(self._lanes[request])
+            else:
+                started = time.perf_counter()
+                ended |= self._prefill(request, chunk, held_up=bool(plan.decode))
+                self._stats.prefill_seconds += time.perf_counter() - started
         started = time.perf_counter()
         stepped = self._step_lanes([self._lanes[request] for request in plan.decode])
         ended |= len(stepped) < len(plan.decode)
@@ -164,30 +170,43 @@ class Engine:
         try:
             if request.on_step is not None:
                 request.on_step(lane.step)
-            if request.on_bars is not None or lane.finished:
-                self._decode(lane)
+            if request.on_bars is not None and self._runner.streams(request):
+                self._tell(lane, self._runner.decode(lane))
         except Exception as error:
             return self._fail(request, error)
-        if not lane.finished:
-            if left := self._runner.slide(lane):
+        if lane.finished:
+            # What has been told came through the decoder bar by bar. The result is decoded anew: it has to be, digit
+            # for digit, that of a request which was not streamed.
+            lane.decoder_cache = None
+            return self._finish(lane)
+        if left := self._runner.slide(lane):
+            with self._books:
+                self._scheduler.refill(request, left)
+        return False
+
+    def _finish(self, lane: Lane) -> bool:
+        """Decodes a share of a result, and hands it over once it is whole; True if the request ended."""
+        request = lane.request
+        try:
+            lane.decoded.append(self._runner.decode(lane))
+            if left := request.horizon - sum(piece.shape[1] for piece in lane.decoded):
                 with self._books:
-                    self._scheduler.refill(request, left)
-            return False
-        request.normalised = np.concatenate(lane.decoded, axis=1)
+                    self._scheduler.decode_later(request, request.rows * left)
+                return False
+            request.normalised = np.concatenate(lane.decoded, axis=1)
+            if request.on_bars is not None:
+                self._tell(lane, request.normalised[:, lane.told :])
+        except Exception as error:
+            return self._fail(request, error)
         request.mean, request.scale = lane.mean, lane.scale
         request.tokens = lane.tokens[:, request.history :].cpu().numpy()
         return self._end(request, State.FINISHED)
 
-    def _decode(self, lane: Lane) -> None:
-        bars = self._runner.decode(lane)
-        first = sum(piece.shape[1] for piece in lane.decoded)
-        lane.decoded.append(bars)
+    def _tell(self, lane: Lane, bars: np.ndarray) -> None:
+        """Hands normalised bars [S, n, 6], which follow those told before, to on_bars."""
         if lane.request.on_bars is not None and bars.shape[1]:
-            lane.request.on_bars(first, (bars * lane.scale + lane.mean).astype(np.float64))
-        if lane.finished and first:
-            # Decoded again at once: the result has to be, digit for digit, that of a request which was not streamed.
-            lane.decoder_cache, lane.decoded = None, []
-            lane.decoded.append(self._runner.decode(lane))
+            lane.request.on_bars(lane.told, (bars * lane.scale + lane.mean).astype(np.float64))
+            lane.told += bars.shape[1]
 
     def _drop_stopped(self) -> bool:
         """Ends the requests whose callers do not want them any more."""

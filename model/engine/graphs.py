@@ -8,9 +8,9 @@ R rows, W bars, D model width, V vocabulary entries. The same step runs uncaptur
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ BAR_BUCKET = 128
 """Window lengths are rounded up to multiples of this."""
 
 logger = logging.getLogger(__name__)
+
+_recording = threading.Lock()
+"""Held while a graph is recorded: torch allows one recording at a time in a process, and engines may be several."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class GraphedSteps:
         """memory: the arena, and after it scratch() elements, to which rows that only fill a bucket write."""
         self._model, self._stack = model, stack
         self._memory, self._max_context = memory, max_context
-        self._pool = torch.cuda.graph_pool_handle() if memory.device.type == "cuda" else None
+        self._recorder = _Recorder(memory.device) if memory.device.type == "cuda" else None
         self._buckets: dict[tuple[int, int], _Bucket] = {}
         scratch = (memory.numel() - self.scratch(stack.layers, model.d_model)) // model.d_model
         self.warning: str | None = None
@@ -131,23 +134,25 @@ class GraphedSteps:
         """Elements for one bar of one path."""
         return SequenceCache.size(layers + 1, width, 0, 1, 1)
 
+    def takes(self, rows: int) -> bool:
+        """False if the caller has to compute a step of so many rows: they are too many, or there are no graphs here."""
+        return self.warning is None and rows <= ROW_BUCKETS[-1]
+
     def run(self, step: StepInput, longest: int) -> Tensor | None:
-        """The next tokens, int64 [R, 2]; None if the caller has to compute them: too many rows, or no graphs here.
+        """The next tokens, int64 [R, 2], of a step that takes() takes; None if no graph could be captured of it.
 
         longest: bars of the longest window, the newest included.
         """
-        rows = next((bucket for bucket in ROW_BUCKETS if bucket >= len(step.tokens)), None)
-        if rows is None or self.warning is not None:
-            return None
+        rows = next(bucket for bucket in ROW_BUCKETS if bucket >= len(step.tokens))
         bars = min(-(-longest // BAR_BUCKET) * BAR_BUCKET, self._max_context)
         bucket = self._buckets.get((rows, bars))
         if bucket is not None:
             return bucket.run(step)
-        bucket = _Bucket(lambda buffers: self._compute(buffers, bars), rows, self._idle, self._pool)
+        bucket = _Bucket(lambda buffers: self._compute(buffers, bars), rows, self._idle, self._recorder)
         try:
             tokens = bucket.run(step)
         except RuntimeError as error:
-            if self._pool is None:
+            if self._recorder is None:
                 raise
             self.warning = f"CUDA graphs are off: capturing one raised {type(error).__name__}"
             logger.warning("%s: %s", self.warning, str(error))
@@ -169,12 +174,44 @@ class GraphedSteps:
         return torch.stack((s1, s2), dim=-1)
 
 
+class _Recorder:
+    """Captures the graphs of one engine. They share a pool of memory, because one of them runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        # Of this device and this engine. torch's own stream for captures belongs to the device that came first: on any
+        # other a graph stays empty, and its replays give the same tokens for ever.
+        self._stream = torch.cuda.Stream(device)
+
+    def record(self, compute: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """A graph of what compute() does, and the tensor that each replay fills."""
+        present = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(present)
+        try:
+            # Whatever fails, this context is left: torch.cuda.graph stays on its stream if a capture cannot end.
+            with _recording, torch.cuda.stream(self._stream):
+                # Kernels are loaded and workspaces made on first use, which must not happen while recording.
+                for _ in range(2):
+                    compute()
+                graph = torch.cuda.CUDAGraph()
+                # Another thread may be loading a model meanwhile.
+                mode = "thread_local"
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
+                    tokens = compute()
+        finally:
+            present.wait_stream(self._stream)
+        return graph, tokens
+
+
 class _Bucket:
     """Buffers of one shape, and the graph over them."""
 
-    def __init__(self, compute: Callable[[StepInput], Tensor], rows: int, idle: Tensor, pool: Any) -> None:
-        """idle: places of a row that only fills the bucket. pool: memory that all graphs share; None captures none."""
-        self._compute, self._rows, self._idle, self._pool = compute, rows, idle, pool
+    def __init__(
+        self, compute: Callable[[StepInput], Tensor], rows: int, idle: Tensor, recorder: _Recorder | None
+    ) -> None:
+        """idle: places of a row that only fills the bucket. recorder: None captures no graph."""
+        self._compute, self._rows, self._idle, self._recorder = compute, rows, idle, recorder
         self._buffers: StepInput | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._tokens = torch.empty(0)
@@ -184,30 +221,17 @@ class _Bucket:
         count = len(step.tokens)
         if self._buffers is None:
             self._buffers = StepInput(*(self._buffer(getattr(step, field.name)) for field in fields(step)))
+        buffers = self._buffers
         for field in fields(step):
-            getattr(self._buffers, field.name)[:count] = getattr(step, field.name)
-        self._buffers.places[count:] = self._idle
-        if self._pool is None:
-            return self._compute(self._buffers)[:count]
+            getattr(buffers, field.name)[:count] = getattr(step, field.name)
+        buffers.places[count:] = self._idle
+        if self._recorder is None:
+            return self._compute(buffers)[:count]
         if self._graph is None:
-            self._graph = self._record(self._buffers)
+            self._graph, self._tokens = self._recorder.record(lambda: self._compute(buffers))
         self._graph.replay()
         # A copy: the next replay writes to the same memory.
         return self._tokens[:count].clone()
-
-    def _record(self, buffers: StepInput) -> torch.cuda.CUDAGraph:
-        # Kernels are loaded and workspaces made on first use, which must not happen while recording.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self._compute(buffers)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Another thread may be loading a model meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._tokens = self._compute(buffers)
-        return graph
 
     def _buffer(self, like: Tensor) -> Tensor:
         # Ones are harmless as temperature, noise and token alike.

@@ -22,14 +22,18 @@ from model.engine.packing import packed
 from model.engine.sampler import RowSettings, SeededNoise, draw_noise, sample_rows, sample_sorted
 from model.engine.stack import Stack
 from model.engine.types import EngineConfig, Request
+from model.errors import InputError
 from model.frames import normalise
 from model.generate import decode
 from model.kronos import Kronos
 from model.sampler import S1_HEAD, S2_HEAD
 from model.tokenizer import KronosTokenizer
+from model.types import MARK_SIZES
 
 DECODE_CHUNK = 64
 """Bars of each path that pass the tokenizer's decoder at once, which bounds the memory of its attention scores."""
+DECODE_SHARE = 2048
+"""Rows × bars that pass it between two steps: 8 GFLOP with a published tokenizer."""
 CHUNK_WORK = 1_000_000_000
 """Weights × rows × bars of a prefill chunk on the CPU: 2 GFLOP."""
 
@@ -41,7 +45,8 @@ class Lane:
     tokens: int64 [S, T + H, 2]. times: summed time embeddings [T + H, D]. cache: of the model's blocks and its
     cross-attention. start: first bar of the window. step: bars generated.
     fresh: the newest bar is cached, as it is after a prefill, and context is its position, [1 or S, 1, D].
-    noise: of a seeded request. decoded, decoder_cache: bars that have passed the tokenizer's decoder, and its cache.
+    noise: of a seeded request. decoder_cache: of the tokenizer's decoder; decoded: shares of the result, [S, n, 6].
+    told: bars that on_bars has had.
     """
 
     request: Request
@@ -57,6 +62,7 @@ class Lane:
     noise: SeededNoise | None = None
     decoded: list[np.ndarray] = field(default_factory=list)
     decoder_cache: SequenceCache | None = None
+    told: int = 0
 
     @property
     def end(self) -> int:
@@ -89,6 +95,8 @@ class Runner:
         self._tokenizer = cast(KronosTokenizer, packed(tokenizer, "fp32", device))
         self._plain_blocks, self._plain_tokenizer = model.transformer, tokenizer
         self._width = model.d_model
+        # Between two steps a GPU may be given more to do.
+        self._speed = 1 if device.type == "cpu" else 16
         self._vocabulary = 2 ** max(model.s1_bits, model.s2_bits)
         # A GPU must not wait for the host to look at its numbers.
         self._sample = sample_rows if device.type == "cpu" else sample_sorted
@@ -120,7 +128,7 @@ class Runner:
         if self._config.prefill_chunk is not None:
             return self._config.prefill_chunk
         weights = sum(weight.numel() for weight in self._plain_blocks.parameters())
-        return max(8, CHUNK_WORK // max(1, weights)) * (1 if self._device.type == "cpu" else 16)
+        return max(8, CHUNK_WORK // max(1, weights)) * self._speed
 
     @property
     def slot_size(self) -> int:
@@ -144,13 +152,16 @@ class Runner:
         s1, s2 = self._tokenizer.encode(torch.from_numpy(np.ascontiguousarray(x))[None].to(self._device), half=True)
         history = torch.stack((s1, s2), dim=-1)
         tokens = torch.cat((history, history.new_zeros(1, request.horizon, 2)), dim=1).repeat(request.rows, 1, 1)
-        marks = torch.from_numpy(np.concatenate((request.series.marks, request.series.future_marks)))
+        marks = np.concatenate((request.series.marks, request.series.future_marks))
+        if ((marks < 0) | (marks >= MARK_SIZES)).any():
+            # On a GPU a look-up past the end of a table would take the process with it, and everybody in it.
+            raise InputError("a time mark is out of range: make them with model.frames.time_marks", code="bad_marks")
         memory = self._memory.narrow(0, block.offset, block.size)
         seed = request.sampling.seed
         return Lane(
             request=request,
             tokens=tokens,
-            times=self._model.time_emb(marks.to(self._device)[None])[0],
+            times=self._model.time_emb(torch.from_numpy(marks).to(self._device)[None])[0],
             cache=SequenceCache(memory, self._stack.layers + 1, self._width, *self._cache_shape(request)),
             mean=mean,
             scale=scale,
@@ -181,17 +192,18 @@ class Runner:
 
     @torch.inference_mode()
     def step(self, lanes: Sequence[Lane]) -> None:
-        """Samples the next bar of every lane."""
+        """Samples the next bar of every lane. If it raises, no lane has got one."""
         fresh = [lane for lane in lanes if lane.fresh]
         advancing = [lane for lane in lanes if not lane.fresh]
-        tokens = self._step_graphed(advancing) if advancing and self._graphs is not None else None
+        tokens = self._step_graphed(advancing) if advancing else None
+        if advancing and tokens is None:
+            self._advance(advancing)
+        eager = lanes if tokens is None else fresh
+        chosen = self._choose(eager) if eager else None
         if tokens is not None:
             self._append(advancing, tokens)
-            lanes = fresh
-        elif advancing:
-            self._advance(advancing)
-        if lanes:
-            self._append(lanes, self._choose(lanes))
+        if chosen is not None:
+            self._append(eager, chosen)
 
     def _choose(self, lanes: Sequence[Lane]) -> Tensor:
         """Samples from the lanes' newest contexts; tokens int64 [R, 2]."""
@@ -212,6 +224,9 @@ class Runner:
 
     def _step_graphed(self, lanes: Sequence[Lane]) -> Tensor | None:
         """As _advance and _choose, with fixed shapes; None where those have to do it."""
+        rows = sum(lane.request.rows for lane in lanes)
+        if self._graphs is None or not self._graphs.takes(rows):
+            return None
         newest = torch.cat([lane.tokens[:, lane.end - 1] for lane in lanes])
         places = [
             place(lane.end - 1 - lane.start, path, lane.request.rows, lane.cache)
@@ -231,7 +246,7 @@ class Runner:
             noise=torch.stack(noise, dim=1),
         )
         longest = max(lane.end - lane.start for lane in lanes)
-        tokens = cast(GraphedSteps, self._graphs).run(step, longest)
+        tokens = self._graphs.run(step, longest)
         if tokens is not None:
             for lane in lanes:
                 lane.cache.own_length += 1
@@ -305,32 +320,32 @@ class Runner:
             return torch.tensor(values, device=self._device)
         return torch.tensor(values).pin_memory().to(self._device, non_blocking=True)
 
+    def streams(self, request: Request) -> bool:
+        """True if bars are final before the end: the decoder's window, the last max_context bars, holds the horizon."""
+        return request.horizon <= self._config.max_context
+
     @torch.inference_mode()
     def decode(self, lane: Lane) -> np.ndarray:
-        """Candles of the bars generated since the last call, normalised: float32 [S, n, 6]. They are final.
+        """The next share of candles among the bars that are generated, normalised: float32 [S, n, 6]. They are final.
 
         The decoder is causal and its window, the last max_context bars of history and whole horizon, is known from the
-        start. A horizon longer than that has no such window and is decoded at its end.
+        start. A horizon longer than that has no such window; its bars are decoded at the end, and in one piece.
         """
         request, limit = lane.request, self._config.max_context
-        if request.horizon > limit:
-            if not lane.finished:
-                return np.empty((request.rows, 0, 6), np.float32)
+        if not self.streams(request):
             return decode(self._plain_tokenizer, lane.tokens, request.horizon, limit).cpu().numpy()
         start = max(0, request.history + request.horizon - limit)
         if lane.decoder_cache is None:
             lane.decoder_cache = self._open_decoder(lane, start)
-        cache, pieces = lane.decoder_cache, []
-        while cache.own_length < lane.step:
-            first = request.history + cache.own_length
-            bars = slice(first, min(lane.end, first + DECODE_CHUNK))
-            positions = slice(bars.start - start, bars.stop - start)
-            hidden = self._decoder.run(self._decoder_input(lane.tokens[:, bars]), positions, cache.attend_own)
-            cache.own_length += bars.stop - bars.start
-            pieces.append(self._tokenizer.head(hidden))
-        if not pieces:
-            return np.empty((request.rows, 0, 6), np.float32)
-        return torch.cat(pieces, dim=1).float().cpu().numpy()
+        cache = lane.decoder_cache
+        # However many wait, a share is the same: its size is part of how the numbers round.
+        share = min(DECODE_CHUNK, max(1, DECODE_SHARE * self._speed // request.rows))
+        first = request.history + cache.own_length
+        bars = slice(first, min(lane.end, first + share))
+        positions = slice(bars.start - start, bars.stop - start)
+        hidden = self._decoder.run(self._decoder_input(lane.tokens[:, bars]), positions, cache.attend_own)
+        cache.own_length += bars.stop - bars.start
+        return self._tokenizer.head(hidden).float().cpu().numpy()
 
     def _open_decoder(self, lane: Lane, start: int) -> SequenceCache:
         """The decoder's cache with the history's bars in it, which all paths share."""

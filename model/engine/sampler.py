@@ -132,14 +132,15 @@ def race(probabilities: Tensor, noise: Tensor, top_p: Tensor) -> Tensor:
     """argmax(p / e) among the tokens of the nucleus, without sorting.
 
     A token is in the nucleus iff the mass of the tokens above it is at most top_p. So: take the winner over all tokens;
-    if it is outside the nucleus strike it out and take the next. The most likely token is always inside, so this ends.
+    if it is outside the nucleus so is all that is no more likely, strike that out and take the next. Each round halves
+    what is left, on average, and the most likely token is always inside.
     """
     ratio = probabilities / noise
-    winner = ratio.argmax(-1, keepdim=True)
     while True:
-        above = torch.where(probabilities > probabilities.gather(1, winner), probabilities, 0.0).sum(-1, keepdim=True)
+        winner = ratio.argmax(-1, keepdim=True)
+        likelihood = probabilities.gather(1, winner)
+        above = torch.where(probabilities > likelihood, probabilities, 0.0).sum(-1, keepdim=True)
         outside = (above > top_p) & (top_p < 1)
         if not outside.any():
             return winner.squeeze(1)
-        ratio.scatter_(1, winner, torch.where(outside, -1.0, ratio.gather(1, winner)))
-        winner = ratio.argmax(-1, keepdim=True)
+        ratio.masked_fill_(outside & (probabilities <= likelihood), -1.0)

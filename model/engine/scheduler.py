@@ -1,9 +1,9 @@
 """Policy: who is admitted, who is prefilled, who steps. Knows requests and sizes, no tensors.
 
-One plan a step: at most one chunk of one prefill, and one step for every running request. Running requests therefore
-never wait for more than a chunk, whatever else arrives, and whosever window slides and is computed again. Only
-companions wait for each other: their caller gains nothing from the first one's bars, and steps of all their rows cost
-less.
+One plan a step: at most one chunk of one prefill, or one share of decoding a large result to candles, and one step for
+every running request. Running requests therefore never wait for more than that, whatever else arrives or ends, and
+whosever window slides and is computed again. Only companions wait for each other: their caller gains nothing from the
+first one's bars, and steps of all their rows cost less.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from model.engine.types import EngineConfig, Request, State
 from model.errors import QueueFullError, RequestTooLargeError
 
 BYPASS_LIMIT = 32
-"""How often a request that does not fit yet may be overtaken by smaller ones before it blocks the queue."""
+"""How many requests may overtake the first one that does not fit yet before all wait behind it; and how many that do
+not fit are looked at in a step."""
 OLDEST_EVERY = 4
 """One prefill chunk in so many goes to the oldest request: short ones must not keep a long one waiting for ever."""
 IDLE_CHUNK = 512
@@ -26,7 +27,10 @@ IDLE_CHUNK = 512
 
 @dataclass(frozen=True)
 class Plan:
-    """What one engine step computes: prefill is (request, rows × bars), decode the requests that advance by one bar."""
+    """What one engine step computes: prefill is (request, rows × bars), decode the requests that advance by one bar.
+
+    prefill may name a request that is DECODING: its result is what a share is computed of.
+    """
 
     prefill: tuple[Request, int] | None
     decode: list[Request]
@@ -49,7 +53,7 @@ class Scheduler:
         self._queue: deque[Request] = deque()
         self._overtaken: dict[Request, int] = {}
         self._blocks: dict[Request, Block] = {}
-        self._prefilling: dict[Request, int] = {}  # rows × bars that are left to compute
+        self._prefilling: dict[Request, int] = {}  # rows × bars that are left to compute, or to decode
         self._plans = 0
         self._running: list[Request] = []
         self._submitted = 0
@@ -81,21 +85,30 @@ class Scheduler:
                 "give the engine more"
             )
         if self._queue and self.queued_work + request.work > self._config.max_queued_work:
-            raise QueueFullError(f"{self.queued_work} rows × steps are waiting already")
+            raise QueueFullError(
+                f"{self.queued_work} rows × steps are waiting already, and {request.work} more would pass the bound of "
+                f"{self._config.max_queued_work}: ask again later, for less at a time, or give the engine more "
+                "(KronosPredictor with throughput=True takes any amount)"
+            )
         self._queue.append(request)
         self._submitted += 1
         self._order[request] = self._submitted
 
     def admit(self) -> None:
         """Moves requests from the queue to prefilling, as far as rows and cache allow."""
+        rows = self.running_rows
+        waiting: list[Request] = []
         for request in list(self._queue):
-            fits_rows = self.running_rows == 0 or self.running_rows + request.rows <= self._config.max_rows
+            if waiting and max(self._overtaken.get(waiting[0], 0), len(waiting)) >= BYPASS_LIMIT:
+                break
+            fits_rows = rows == 0 or rows + request.rows <= self._config.max_rows
             block = self._arena.allocate(self._cache_size(request)) if fits_rows else None
             if block is None:
-                waited = self._overtaken[request] = self._overtaken.get(request, 0) + 1
-                if waited > BYPASS_LIMIT:
-                    break
+                waiting.append(request)
                 continue
+            if waiting:
+                self._overtaken[waiting[0]] = self._overtaken.get(waiting[0], 0) + 1
+            rows += request.rows
             self._queue.remove(request)
             self._overtaken.pop(request, None)
             self._blocks[request] = block
@@ -108,7 +121,9 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """The next step. The shortest remaining prefill goes first: a long history then delays nobody but itself."""
-        awaited = {id(group) for request in self._prefilling for group in _groups(request)}
+        awaited = {
+            id(group) for request in self._prefilling if request.state is State.PREFILLING for group in _groups(request)
+        }
         decode = [request for request in self._running if not any(id(group) in awaited for group in _groups(request))]
         prefill = None
         if self._prefilling:
@@ -137,6 +152,13 @@ class Scheduler:
         self._running.remove(request)
         self._prefilling[request] = left
         request.state = State.PREFILLING
+
+    def decode_later(self, request: Request, left: int) -> None:
+        """Takes a request that has all its tokens out of the steps; rows × bars of its result are left to decode."""
+        if request in self._running:
+            self._running.remove(request)
+        self._prefilling[request] = left
+        request.state = State.DECODING
 
     def remove(self, request: Request) -> None:
         """Takes a request out, wherever it is, and frees its cache."""

@@ -18,6 +18,7 @@ class State(enum.Enum):
     QUEUED = "queued"
     PREFILLING = "prefilling"
     RUNNING = "running"
+    DECODING = "decoding"
     FINISHED = "finished"
     CANCELLED = "cancelled"
     FAILED = "failed"
@@ -106,7 +107,8 @@ class Request:
 
     noise_group: unseeded requests of one group step together and draw their noise together, in the order in which they
     were submitted, as far as the cache holds all of them at once.
-    companions: requests of one caller, who waits for the last of them; none steps while another is prefilled.
+    companions: the same object in all requests of one caller, who waits for the last of them: none steps while another
+        is prefilled.
     on_bars: called with bars as they become final; None decodes once at the end.
     error: set when state is FAILED or CANCELLED.
     Set when state is FINISHED: tokens int64 [S, H, 2]; normalised float32 [S, H, 6], and mean and scale [6], with which

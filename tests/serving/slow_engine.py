@@ -40,7 +40,9 @@ class SlowEngine:
     def stalled_s(self):
         return time.monotonic() - self._progressed_at if self._busy else 0.0
 
-    def forecast(self, series, sampling, *, window="exact", should_stop=None, on_step=None, on_bars=None):
+    def forecast(
+        self, series, sampling, *, window="exact", should_stop=None, on_step=None, on_bars=None, companions=None
+    ):
         self._progressed_at = time.monotonic()
         self._busy += 1
         try:

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.device import precision_obstacle
-from model.engine import graphs
+from model.engine import graphs, runner
 from model.engine.engine import Engine
 from model.engine.kv_cache import Arena, CacheIntegrityError
 from model.engine.packing import Int8Linear
+from model.engine.scheduler import BYPASS_LIMIT
 from model.engine.types import EngineConfig, Request, State, WindowPolicy
 from model.errors import QueueFullError, RequestTooLargeError
 from model.frames import normalise, series_from_frame
@@ -422,4 +423,117 @@ def test_an_interrupted_caller_leaves_nothing_behind(tiny, series_of):
     running.run([other])
     assert other.state is State.FINISHED
     assert running.cache_slots()[0] == running.running_rows() == 0
+    running.check_integrity()
+
+
+def test_a_joiner_that_fails_costs_the_rows_of_fixed_shapes_nothing(tiny, series_of, monkeypatch):
+    """Its first bar is sampled apart from theirs; when that raises, theirs must not have been taken yet."""
+    running, steps = engine(tiny, graphs=True), []
+    early = Request(series_of(0, 30, 12), Sampling(samples=2, seed=1), on_step=steps.append)
+    joiner = Request(series_of(100, 30, 12), Sampling(samples=2, seed=2))
+    noise = running._runner._noise
+
+    def failing(lanes, head, vocabulary):
+        if any(lane.request is joiner for lane in lanes):
+            raise RuntimeError("bad row")
+        return noise(lanes, head, vocabulary)
+
+    monkeypatch.setattr(running._runner, "_noise", failing)
+    running.submit([early])
+    for _ in range(5):
+        running.step()
+    running.submit([joiner])
+    running.wait([early, joiner])
+    assert (early.state, joiner.state) == (State.FINISHED, State.FAILED)
+    assert steps == list(range(1, 13))
+    np.testing.assert_array_equal(early.tokens, plain(tiny, early.series, early.sampling, 512)[0])
+
+
+def test_a_time_mark_that_no_calendar_has_is_named_before_a_device_sees_it(tiny, series_of):
+    requests = [Request(series_of(0, 30, 4), Sampling(seed=0)) for _ in range(3)]
+    requests[0].series.future_marks[1, 4] = 13
+    requests[1].series.marks[0, 2] = -1
+    engine(tiny).run(requests)
+    assert [request.state for request in requests] == [State.FAILED, State.FAILED, State.FINISHED]
+    assert {request.error.code for request in requests[:2]} == {"bad_marks"}
+
+
+def test_a_large_request_that_waits_is_overtaken_so_often_and_no_more(tiny, series_of):
+    """By requests, not by steps: those that fit do not wait for it just because it has waited long."""
+    running = engine(tiny, max_rows=8)
+    long = Request(series_of(0, 20, 400), Sampling(samples=2, seed=0))
+    large = Request(series_of(0, 20, 2), Sampling(samples=7, seed=0))
+    running.submit([long, large])
+    for _ in range(BYPASS_LIMIT + 5):
+        running.step()
+    for overtaken in range(BYPASS_LIMIT + 1):
+        small = Request(series_of(0, 5, 1), Sampling(seed=0))
+        running.submit([small])
+        running.step()
+        assert (small.state is State.QUEUED) == (overtaken == BYPASS_LIMIT)
+        while small.state not in (State.QUEUED, State.FINISHED):
+            running.step()
+    assert (long.state, large.state) == (State.RUNNING, State.QUEUED)
+
+
+def test_a_compiled_step_that_fails_later_is_computed_eagerly(tiny, series_of, monkeypatch):
+    calls = []
+
+    def compile_for_one_call(step, **options):
+        def compiled(x, positions):
+            calls.append(1)
+            if len(calls) > 1:
+                raise RuntimeError("compiled anew, and failed")
+            return step(x, positions)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_for_one_call)
+    running = engine(tiny, compile_rows=(4,))
+    assert running.warnings == ()
+    request = Request(series_of(0, 20, 6), Sampling(samples=3, seed=1))
+    running.run([request])
+    [warning] = running.warnings
+    assert "compiled anew" in warning
+    assert len(calls) == 2
+    np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 512)[0])
+
+
+def test_companions_of_several_calls_step_together(tiny, series_of):
+    """As the threads of one HTTP request do: each calls for itself, and names what they have in common."""
+    running, group = engine(tiny), object()
+    requests = [Request(series_of(i, 40 * i + 20, 6), Sampling(seed=i), companions=group) for i in range(4)]
+    for request in requests[1:]:
+        running.submit([request])
+    running.run(requests[:1])
+    running.wait(requests)
+    assert running.stats().steps == 6
+
+
+def test_decoding_a_large_result_leaves_the_others_their_steps(tiny, series_of, monkeypatch):
+    monkeypatch.setattr(runner, "DECODE_SHARE", 20)
+    running, steps = engine(tiny), []
+    other = Request(series_of(0, 20, 200), Sampling(seed=0), on_step=steps.append)
+    large, dropped = (Request(series_of(0, 30, 30), Sampling(samples=5, seed=1)) for _ in range(2))
+    running.submit([other, large])
+    while large.state is not State.DECODING:
+        running.step()
+    before = len(steps)
+    running.wait([large])
+    # Four bars of five paths at a time; the first share was taken with the last step.
+    assert len(steps) - before == 7
+    alone = Request(large.series, large.sampling)
+    engine(tiny).run([alone])
+    np.testing.assert_array_equal(candles(large), candles(alone))
+    np.testing.assert_allclose(candles(large), plain(tiny, large.series, large.sampling, 512)[1], rtol=1e-3, atol=1e-3)
+
+    stop = threading.Event()
+    dropped.should_stop = stop.is_set
+    running.submit([dropped])
+    while dropped.state is not State.DECODING:
+        running.step()
+    stop.set()
+    running.step()
+    assert dropped.state is State.CANCELLED
+    assert running.running_rows() == 1
     running.check_integrity()

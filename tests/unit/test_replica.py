@@ -39,6 +39,7 @@ class FakeEngine:
         self.step_s = step_s
         self.steps = 0
         self.stalled = 0.0
+        self.companions = []
 
     def cache_slots(self):
         return 3, 7
@@ -49,7 +50,10 @@ class FakeEngine:
     def stalled_s(self):
         return self.stalled
 
-    def forecast(self, series, sampling, *, window="exact", should_stop=None, on_step=None, on_bars=None):
+    def forecast(
+        self, series, sampling, *, window="exact", should_stop=None, on_step=None, on_bars=None, companions=None
+    ):
+        self.companions.append(companions)
         if sampling.top_k == 13:
             raise InputError("thirteen", code="unlucky", column="close", row=4)
         if sampling.top_k in REFUSALS:
@@ -374,3 +378,14 @@ def test_the_group_decides_the_device():
     assert "'cuda:0' was requested" in warning
     assert group_device("auto", "gpu") == ("cuda", None)
     assert group_device("cuda:1", "gpu") == ("cuda:1", None)
+
+
+def test_the_tasks_of_a_job_are_companions_and_those_of_two_jobs_are_not():
+    replica, factory = make_replica()
+    for _ in range(2):
+        asyncio.run(replica.forecast(make_job(count=3)))
+    _, *asked = factory.engines["a"].companions  # but the warm-up
+    assert len(asked) == 6
+    assert asked[0] is asked[1] is asked[2]
+    assert asked[3] is asked[4] is asked[5]
+    assert asked[0] is not asked[3]

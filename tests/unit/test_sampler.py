@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.engine.sampler import RowSettings, sample_rows, sample_sorted
+from model.engine.sampler import RowSettings, race, sample_rows, sample_sorted
 from model.errors import InputError
 from model.sampler import check_sampling, filtered, global_noise, philox, sample, seeded_noise, split_seed
 from model.types import Sampling
@@ -143,12 +143,17 @@ def test_the_samplers_of_a_batch_give_each_request_its_own_tokens(seed, sampling
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
+        ("temperature", 1e-40),
         ("top_k", -1),
+        ("top_k", 2.5),
+        ("top_k", 2**31),
         ("top_p", 1.1),
         ("top_p", -0.1),
         ("top_p", float("nan")),
         ("samples", 0),
+        ("samples", 1.5),
         ("seed", -1),
+        ("seed", 0.5),
         ("seed", 2**64),
     ],
 )
@@ -156,3 +161,15 @@ def test_settings_out_of_range_are_named(field, value):
     with pytest.raises(InputError, match=field) as error:
         check_sampling(Sampling(**{field: value}))
     assert error.value.column == field
+
+
+def test_a_small_nucleus_of_a_flat_distribution_takes_few_rounds(monkeypatch):
+    """Struck out one by one, it would take hundreds, and everybody in the batch would wait."""
+    generator = torch.Generator().manual_seed(0)
+    probabilities = (torch.randn(64, 1024, generator=generator) * 0.01).softmax(-1)
+    noise = torch.empty(64, 1024).exponential_(generator=generator)
+    rounds, argmax = [], torch.Tensor.argmax
+    monkeypatch.setattr(torch.Tensor, "argmax", lambda *some, **named: rounds.append(1) or argmax(*some, **named))
+    tokens = race(probabilities, noise, torch.zeros(64, 1))
+    assert len(rounds) < 50
+    assert torch.equal(tokens, argmax(probabilities, -1))
