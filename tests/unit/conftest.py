@@ -84,7 +84,7 @@ class FakeBackend:
                         raise self.error
                     values = paths.values[:, first : first + 2]
                     if values.shape[1]:
-                        yield Bars(index, first, values)
+                        yield Bars(index, first, values, DEVICE.backend, 1.0)
                         sent += 1
             yield answered
         finally:

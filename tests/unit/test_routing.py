@@ -316,7 +316,8 @@ def test_a_sleeping_group_is_woken_even_by_who_may_not_wait():
 
 
 def chunk(first, count, origin="o"):
-    return Chunk(origin, (Bars(0, first, np.arange(first, first + count, dtype=float)[None, :, None].repeat(6, 2)),))
+    values = np.arange(first, first + count, dtype=float)[None, :, None].repeat(6, 2)
+    return Chunk(origin, (Bars(0, first, values, "cpu", 0.0),))
 
 
 def read(made, job=None):
