@@ -350,11 +350,16 @@ def _window_policy(text: str, max_context: int, horizon: int) -> WindowPolicy:
     except ValueError as error:
         raise InputError(str(error), code="invalid_window", column="window") from None
     if policy.hop > max_context:
-        raise InputError(f"window={text} drops more than the {max_context} bars there are", code="invalid_window")
+        raise InputError(
+            f"window={text} drops more than the {max_context} bars there are: lower K",
+            code="invalid_window",
+            column="window",
+        )
     if policy.name == "fit" and horizon > max_context:
         raise InputError(
             f"window=fit needs a horizon of at most {max_context} bars, not {horizon}: use exact or hop:16",
             code="invalid_window",
+            column="window",
         )
     return policy
 

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 from starlette.requests import Request
@@ -172,7 +172,22 @@ class _Work:
         except TimeoutError:
             raise self._late() from None
         except ServiceError as error:
-            raise (self._late() if error.code == "deadline_passed" else error) from None
+            raise self._told(error) from None
+
+    def _told(self, error: ServiceError) -> ServiceError:
+        """What the backend says, in the terms of the request."""
+        if error.code == "deadline_passed":
+            return self._late()
+        if error.code == "invalid_fields":
+            return invalid_fields([self._placed(field) for field in error.fields])
+        return error
+
+    def _placed(self, field: FieldError) -> FieldError:
+        """A replica counts tasks; the client knows them by their places in its body."""
+        match field.loc:
+            case (int(task), *rest):
+                return replace(field, loc=(*self.asked.items[task].loc, *rest))
+        return field
 
     def _late(self) -> ServiceError:
         self.service.metrics.timeouts.labels(self.record.route).inc()

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from serve_app.errors import ServiceError
+from serve_app.errors import FieldError, ServiceError, invalid_fields
 
 
 def codes(response):
@@ -358,6 +358,17 @@ def test_errors_of_the_backend_keep_their_status(make_http, fake_backend, candle
         response = http.post("/v1/predict/single", candle_items())
         assert_error(response, status, code)
         assert response.headers["retry-after"] == "4"
+
+
+def test_what_a_replica_refuses_has_its_place_in_the_body(make_http, fake_backend, columns, candle_items):
+    refused = invalid_fields([FieldError((1, "window"), "invalid_window", "drops more than there is")])
+    http = make_http(fake_backend(error=refused))
+    response = http.post("/v1/forecast", {"series": [columns(), columns()], "window": "hop:9999"})
+    assert_error(response, 422, "invalid_fields")
+    assert codes(response) == [(("series", 1, "window"), "invalid_window")]
+    items = [dict(candle_items(), series_id=name) for name in "ab"]
+    response = http.post("/v1/predict/batch", {"items": items})
+    assert codes(response) == [(("items", 1, "window"), "invalid_window")]
 
 
 def test_an_unexpected_error_shows_nothing(make_http, fake_backend, candle_items):
