@@ -1,12 +1,14 @@
 """The routes of wire.md over a fake backend."""
 
 import json
+import logging
 import math
 import re
 
 import pytest
 
 from serve_app.errors import FieldError, ServiceError, invalid_fields
+from serve_app.logs import LOGGER_NAME, JsonFormatter
 
 
 def codes(response):
@@ -334,6 +336,53 @@ def test_metrics_move_with_traffic(make_http, fake_backend, candle_items):
 def test_security_off_switches_the_rate_limit_off(make_http, candle_items):
     http = make_http(limits={"rate_limit_per_minute": 1, "security_enabled": False})
     assert [http.post("/v1/predict/single", candle_items()).status_code for _ in range(3)] == [200] * 3
+
+
+PROMISED = {
+    "request_id", "route", "status_code", "latency_ms", "model_inference_ms", "queue_time_ms", "series_count", "rows",
+    "pred_len", "request_size_bytes", "response_size_bytes", "client", "error_type", "error_message",
+}  # fmt: skip
+
+
+@pytest.fixture
+def lines():
+    """The log lines of a test, as they are written."""
+    found = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            found.append(json.loads(JsonFormatter().format(record)))
+
+    logger, keep = logging.getLogger(LOGGER_NAME), Keep()
+    level = logger.level
+    logger.addHandler(keep)
+    logger.setLevel(logging.INFO)
+    yield found
+    logger.removeHandler(keep)
+    logger.setLevel(level)
+
+
+def test_every_request_has_a_log_line_with_the_promised_fields(http, columns, lines):
+    for body in ({"series": [columns(), columns(4)], "horizon": 3}, {"series": []}):
+        http.post("/v1/forecast", body, headers={"x-request-id": "mine"})
+    done, refused = lines
+    assert done.keys() >= PROMISED
+    assert refused.keys() >= PROMISED
+    assert (done["request_id"], done["route"], done["status_code"], done["client"]) == (
+        "mine", "/v1/forecast", 200, "anonymous",
+    )  # fmt: skip
+    assert (done["series_count"], done["rows"], done["pred_len"]) == (2, 12, 3)
+    assert (done["model_inference_ms"], done["queue_time_ms"], done["error_type"]) == (20.0, 1.0, None)
+    assert min(done["latency_ms"], done["request_size_bytes"], done["response_size_bytes"]) > 0
+    assert (refused["status_code"], refused["error_type"], refused["rows"]) == (422, "invalid_fields", None)
+    assert refused["error_message"]
+
+
+def test_probes_are_quiet_and_refusals_are_not(make_http, fake_backend, lines):
+    http = make_http(fake_backend(loaded=False))
+    for path in ("/v1/healthz", "/v1/readyz", "/v1/metrics", "/v1/forecast", "/v1/nothing"):
+        http.get(path)
+    assert [(line["route"], line["status_code"]) for line in lines] == [("/v1/forecast", 405), ("unmatched", 404)]
 
 
 # --- deadlines --------------------------------------------------------------------------------------------------------
