@@ -80,6 +80,8 @@ def test_the_service_binds_to_this_machine():
         ({"groups": {"cpu": {"cache_gb": 8}}}, "no model would fit"),
         ({"groups": {"cpu": {"precision": "fp16"}}}, "'auto', 'fp32', 'bf16' or 'int8'"),
         ({"defaults": {"pred_len": 513}}, "over the limit of 512"),
+        ({"defaults": {"temperature": 0.001}}, "at least 0.01"),
+        ({"limits": {"request_timeout_s": float("inf")}}, "finite number"),
     ],
 )
 def test_what_is_refused(args, words):
@@ -179,6 +181,8 @@ def test_unknown_variables_are_warnings_with_the_nearest_name():
     [
         ("MAX_CONTEXT", "many"),
         ("DEFAULT_TOP_P", "2"),
+        ("DEFAULT_TEMPERATURE", "0.001"),
+        ("REQUEST_TIMEOUT", "inf"),
         ("DEVICE", "tpu"),
         ("LOG_LEVEL", "loud"),
         ("SECURITY_ENABLED", "?"),
