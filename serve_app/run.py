@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import pkgutil
 import signal
 import sys
 import threading
@@ -54,6 +55,9 @@ FAST_ENVIRONMENT = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 2**20),  # of 4 MiB: a large answer would be a 500
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # of 30 s: draining is ours
+    # HAProxy is every connection's other end and passes X-Forwarded-For on as the client wrote it: believed, it
+    # would let anybody choose the address that limits count by.
+    "FORWARDED_ALLOW_IPS": "",
 }
 """HAProxy in place of Ray's proxy, gRPC between processes. It opens ports on all interfaces: docs/operations.md."""
 
@@ -83,7 +87,7 @@ def start(config: dict[str, Any], options: argparse.Namespace) -> Any:
     tracing = None
     if options.trace_ratio:
         tracing = TracingConfig(
-            enabled=True, sampling_ratio=options.trace_ratio, exporter_import_path=options.trace_exporter
+            enabled=True, sampling_ratio=options.trace_ratio, exporter_import_path=options.trace_exporter or ""
         )
     client = serve_start(
         http_options=schema.http_options.model_dump(),
@@ -164,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     client = start(config, options)
     signals = _Signals()
-    names = [application["name"] for application in config["applications"]]
+    names = [application.get("name", "default") for application in config["applications"]]
     http = config.get("http_options", {})
     failure = wait_until_running(names, signals.first)
     if failure is not None:
@@ -192,9 +196,28 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--drain-s", type=float, default=DRAIN_S, help="longest wait for requests in flight")
     parser.add_argument("--fast", action="store_true", help="HAProxy and gRPC, see docs/operations.md")
     parser.add_argument("--ray-metrics-port", type=int, help="Ray's own Prometheus metrics; a free port without it")
-    parser.add_argument("--trace-ratio", type=float, default=0.0, help="share of requests traced by OpenTelemetry")
-    parser.add_argument("--trace-exporter", default="", help="module:function that returns span processors")
-    return parser.parse_args(arguments)
+    parser.add_argument("--trace-ratio", type=_share, default=0.0, help="share of requests traced by OpenTelemetry")
+    parser.add_argument("--trace-exporter", type=_importable, help="module:function that returns span processors")
+    options = parser.parse_args(arguments)
+    if options.trace_exporter and not options.trace_ratio:
+        parser.error("--trace-exporter without --trace-ratio: nothing would be traced")
+    return options
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError("must lie between 0 and 1")
+    return share
+
+
+def _importable(name: str) -> str:
+    """Otherwise every process of the cluster would find out by itself, one failed start after another."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"cannot be imported here: {error}") from None
+    return name
 
 
 if __name__ == "__main__":
