@@ -90,7 +90,9 @@ class ModelStore:
         self._asked[alias] += 1
         try:
             # A model whose replacement is on its way goes on serving, and so does one that is not listed any more.
-            loaded = self._loaded.get(alias) or await asyncio.wait_for(self._arriving(alias), wait_s)
+            loaded = self._loaded.get(alias)
+            if loaded is None:
+                loaded = await asyncio.wait_for(self._arriving(alias), wait_s)
             loaded.users += 1
         except TimeoutError:
             raise ModelUnavailableError(f"model {alias!r} is being loaded; try again soon", RETRY_LOADING_S) from None

@@ -1,14 +1,12 @@
 """The routes of wire.md over a fake backend."""
 
 import json
-import logging
 import math
 import re
 
 import pytest
 
 from serve_app.errors import FieldError, ServiceError, invalid_fields
-from serve_app.logs import LOGGER_NAME, JsonFormatter
 
 
 def codes(response):
@@ -344,28 +342,10 @@ PROMISED = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def lines():
-    """The log lines of a test, as they are written."""
-    found = []
-
-    class Keep(logging.Handler):
-        def emit(self, record):
-            found.append(json.loads(JsonFormatter().format(record)))
-
-    logger, keep = logging.getLogger(LOGGER_NAME), Keep()
-    level = logger.level
-    logger.addHandler(keep)
-    logger.setLevel(logging.INFO)
-    yield found
-    logger.removeHandler(keep)
-    logger.setLevel(level)
-
-
-def test_every_request_has_a_log_line_with_the_promised_fields(http, columns, lines):
+def test_every_request_has_a_log_line_with_the_promised_fields(http, columns, log_lines):
     for body in ({"series": [columns(), columns(4)], "horizon": 3}, {"series": []}):
         http.post("/v1/forecast", body, headers={"x-request-id": "mine"})
-    done, refused = lines
+    done, refused = log_lines
     assert done.keys() >= PROMISED
     assert refused.keys() >= PROMISED
     assert (done["request_id"], done["route"], done["status_code"], done["client"]) == (
@@ -378,11 +358,11 @@ def test_every_request_has_a_log_line_with_the_promised_fields(http, columns, li
     assert refused["error_message"]
 
 
-def test_probes_are_quiet_and_refusals_are_not(make_http, fake_backend, lines):
+def test_probes_are_quiet_and_refusals_are_not(make_http, fake_backend, log_lines):
     http = make_http(fake_backend(loaded=False))
     for path in ("/v1/healthz", "/v1/readyz", "/v1/metrics", "/v1/forecast", "/v1/nothing"):
         http.get(path)
-    assert [(line["route"], line["status_code"]) for line in lines] == [("/v1/forecast", 405), ("unmatched", 404)]
+    assert [(line["route"], line["status_code"]) for line in log_lines] == [("/v1/forecast", 405), ("unmatched", 404)]
 
 
 # --- deadlines --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""--trace-ratio and --trace-exporter: what reaches Ray, and that Ray's tracing works with the packages that are pinned."""
+"""--trace-ratio and --trace-exporter: what reaches Ray, and that its tracing works with the pinned packages."""
 
 import inspect
 
