@@ -111,16 +111,7 @@ def _sessions(name: str, first_year: int, last_year: int) -> tuple[np.ndarray, n
 
     parts is 2 with a lunch break (a session without one has NaT in the second), else 1.
     """
-    import exchange_calendars
-
-    require_known(name)
-    probe = exchange_calendars.get_calendar(name)
-    first, last = pd.Timestamp(first_year, 1, 1), pd.Timestamp(last_year, 12, 31)
-    lower, upper = probe.bound_min(), probe.bound_max()
-    start, end = max(first, lower) if lower is not None else first, min(last, upper) if upper is not None else last
-    if start >= end:
-        raise CalendarError("calendar", "calendar_out_of_range", "this calendar does not cover these years")
-    schedule = exchange_calendars.get_calendar(name, start=start, end=end).schedule
+    schedule, zone = _schedule(name, first_year, last_year)
     parts = [(schedule["open"], schedule["close"])]
     if schedule["break_start"].notna().any():
         # A session without a break is one part that lasts from open to close.
@@ -128,7 +119,28 @@ def _sessions(name: str, first_year: int, last_year: int) -> tuple[np.ndarray, n
         end_of_second = schedule["close"].where(schedule["break_end"].notna())
         parts = [(schedule["open"], end_of_first), (schedule["break_end"], end_of_second)]
     hours = np.stack([np.stack([_utc(opens), _utc(closes)], axis=-1) for opens, closes in parts], axis=1)
-    return schedule.index.to_numpy().astype("datetime64[D]"), hours, str(probe.tz)
+    return schedule.index.to_numpy().astype("datetime64[D]"), hours, zone
+
+
+def _schedule(name: str, first_year: int, last_year: int) -> tuple[pd.DataFrame, str]:
+    """The table of sessions, as far as the calendar covers these years, and its time zone."""
+    import exchange_calendars
+
+    require_known(name)
+    first, last = pd.Timestamp(first_year, 1, 1), pd.Timestamp(last_year, 12, 31)
+    schedule = None
+    try:
+        probe = exchange_calendars.get_calendar(name)
+        lower, upper = probe.bound_min(), probe.bound_max()
+        start, end = max(first, lower) if lower is not None else first, min(last, upper) if upper is not None else last
+        if start < end:
+            schedule = exchange_calendars.get_calendar(name, start=start, end=end).schedule
+    except Exception as error:  # of any kind: the rules of some exchanges do not go with every release of pandas
+        text = f"the calendar {name} does not work with the installed exchange_calendars: leave it out and give freq"
+        raise CalendarError("calendar", "calendar_unavailable", text) from error
+    if schedule is None:
+        raise CalendarError("calendar", "calendar_out_of_range", "this calendar does not cover these years")
+    return schedule, str(probe.tz)
 
 
 def _utc(column: pd.Series) -> np.ndarray:

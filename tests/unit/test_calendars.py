@@ -1,5 +1,6 @@
 """Future bar times: inferred, by calendar, or refused with the remedy."""
 
+import exchange_calendars
 import numpy as np
 import pytest
 
@@ -107,6 +108,16 @@ def test_refusals_of_calendars():
     history = ["2024-01-02", "2024-01-03"]
     assert len(follow(history, 300, calendar="XSHG")) == 300
     assert len(follow(history, 1500, calendar="XNYS")) == 1500
+
+
+def test_a_calendar_that_its_package_cannot_compute_is_a_refusal(monkeypatch):
+    """As Athens and Tel Aviv are with some releases of pandas."""
+
+    def broken(name, **options):
+        raise NotImplementedError("implemented by subclasses")
+
+    monkeypatch.setattr(exchange_calendars, "get_calendar", broken)
+    assert refused(["1999-01-04", "1999-01-05"], calendar="XLIS") == ("calendar", "calendar_unavailable")
 
 
 def test_real_candles(bars):
