@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from serve_app.cli import check_config, main
-from serve_app.config import AppConfig, Limits
+from serve_app.config import LIVE, AppConfig, Limits
 from serve_app.environment import KNOWN, EnvironmentVariableError, apply_environment
 from serve_app.live_config import InvalidUserConfigError, LiveConfig
 from serve_app.reconfigure import RestartNeededError, with_user_config
@@ -229,7 +229,7 @@ def test_what_reconfigure_sends():
     }
     edited = {"clip": 3, "limits": {"max_horizon": 64}, "models": {"a": {"source": "bundled"}}, "default_model": "a"}
     sent = with_user_config(running, ["ingress", "kronos_cpu"], edited)
-    live = {key: edited[key] for key in ("limits", "models", "default_model")}
+    live = AppConfig.model_validate(edited).model_dump(include=set(LIVE))
     # The args stay: Ray would restart every replica if they changed.
     assert sent == {
         **running,
@@ -238,6 +238,9 @@ def test_what_reconfigure_sends():
             {"name": "kronos_cpu", "max_ongoing_requests": 7, "user_config": live},
         ],
     }
+    # What is gone from the file goes back to its default.
+    (gone,) = with_user_config(running, ["ingress"], {"clip": 3})["deployments"][:1]
+    assert LiveConfig(AppConfig(limits={"max_horizon": 100}), {}).update(gone["user_config"]).limits.max_horizon == 512
     with pytest.raises(RestartNeededError, match="clip, ingress cannot change"):
         with_user_config(running, [], {"ingress": {"replicas": 2}})
 
