@@ -61,6 +61,9 @@ FAST_ENVIRONMENT = {
 }
 """HAProxy in place of Ray's proxy, gRPC between processes. It opens ports on all interfaces: docs/operations.md."""
 
+TRACE_FILES = "ray.serve._private.tracing_utils:default_tracing_exporter"
+"""Ray's own exporter, to files beside its logs."""
+
 
 class _Signals:
     """Counts SIGINT and SIGTERM. Ray installs handlers of its own in ray.init, so make this after it."""
@@ -149,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the process's exit status."""
     options = _parse(arguments)
     configure_logging("INFO")
-    for name, value in (ENVIRONMENT | (FAST_ENVIRONMENT if options.fast else {})).items():
+    for name, value in _environment(options).items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_ADDRESS", "local")
     # From here on Ray may be imported: it reads the variables above when it is.
@@ -188,6 +191,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ray.shutdown()
     log(logging.INFO, "stopped", seconds=round(time.monotonic() - started, 1))
     return 0 if failure is None else 1
+
+
+def _environment(options: argparse.Namespace) -> dict[str, str]:
+    tracing = {
+        "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": options.trace_exporter or TRACE_FILES,
+        "RAY_SERVE_TRACING_SAMPLING_RATIO": str(options.trace_ratio),
+    }
+    return {
+        **ENVIRONMENT,
+        **(FAST_ENVIRONMENT if options.fast else {}),
+        # Serve tells replicas of its tracing_config, on any cluster, but not its proxies: those read variables.
+        **(tracing if options.trace_ratio else {}),
+    }
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ import pytest
 import ray
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from ray.serve._private import api, tracing_utils
+from ray.serve._private import api, constants, tracing_utils
 from ray.serve._private.common import ServeComponentType
 from ray.serve.schema import TracingConfig
 
@@ -57,6 +57,19 @@ def started(monkeypatch):
 def test_what_reaches_serve(started, arguments, expected):
     run.start(CONFIG, run._parse(arguments))
     assert started["global_tracing_config"] == expected
+
+
+def test_what_reaches_proxies():
+    """In Ray 2.60 they do not hear of what Serve is started with."""
+    names = ("RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH", "RAY_SERVE_TRACING_SAMPLING_RATIO")
+
+    def given(*arguments):
+        environment = run._environment(run._parse(arguments))
+        return tuple(environment.get(name) for name in names)
+
+    assert given() == (None, None)
+    assert given("--trace-ratio", "0.1") == (constants.DEFAULT_TRACING_EXPORTER_IMPORT_PATH, "0.1")
+    assert given("--trace-ratio", "1", "--trace-exporter", EXPORTER) == (EXPORTER, "1.0")
 
 
 @pytest.mark.parametrize(
