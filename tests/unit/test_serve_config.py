@@ -312,3 +312,6 @@ def test_a_port_in_use_is_an_error_before_anything_starts(tmp_path, capsys):
         assert main(["check-config", str(path), "--port-free"]) == 1
         assert f"port {port} of 127.0.0.1 is in use" in capsys.readouterr().err
     assert main(["check-config", str(path), "--port-free"]) == 0
+    # An address of the other family is no crash.
+    path.write_text(yaml.safe_dump({"http_options": {"host": "::1", "port": port}, "applications": []}))
+    assert main(["check-config", str(path), "--port-free"]) == 0
