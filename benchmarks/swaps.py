@@ -94,10 +94,23 @@ CHANGES: list[tuple[str, Change, bool]] = [
 """Name, what is done to a good checkpoint, and whether it may take over."""
 
 
-def checksum(url: str) -> str | None:
-    """Of the weights that answer now."""
+def shown(url: str) -> dict[str, Any]:
+    """What /v1/models says of the model."""
     models = httpx.get(f"{url}/v1/models", timeout=30).json()["models"]
-    return next((one["sha256"] for one in models if one["id"] == ALIAS), None)
+    return next((one for one in models if one["id"] == ALIAS), {"sha256": None, "pending": None, "replicas": 0})
+
+
+def refused(model: dict[str, Any]) -> bool:
+    """True if a checkpoint was tried in the place of the one that serves, and found bad."""
+    return model["pending"] is not None and model["pending"]["state"] == "failed" and bool(model["error"])
+
+
+def wait_for(url: str, holds: Callable[[dict[str, Any]], bool], timeout_s: float = SETTLE_S) -> dict[str, Any]:
+    """The model as soon as `holds` is true of it, or as it is when the time is over."""
+    end = time.monotonic() + timeout_s
+    while not holds(model := shown(url)) and time.monotonic() < end:
+        time.sleep(0.2)
+    return model
 
 
 def load_everywhere(url: str, replicas: int, timeout_s: float = 60.0) -> None:
@@ -105,8 +118,7 @@ def load_everywhere(url: str, replicas: int, timeout_s: float = 60.0) -> None:
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         httpx.post(f"{url}/v1/forecast", json=forecast_body(0, model=ALIAS), timeout=60)
-        models = httpx.get(f"{url}/v1/models", timeout=30).json()["models"]
-        if any(one["id"] == ALIAS and one["replicas"] == replicas for one in models):
+        if shown(url)["replicas"] == replicas:
             return
         time.sleep(0.1)
     raise TimeoutError(f"{ALIAS} is not loaded everywhere")
@@ -115,17 +127,20 @@ def load_everywhere(url: str, replicas: int, timeout_s: float = 60.0) -> None:
 def swap_under_load(
     url: str, root: Path, change: Change, good: bool, load: Callable[..., Run], quick: bool
 ) -> tuple[Run, dict[str, bool]]:
-    """Changes the checkpoint under load; the run, and what is to be shown."""
-    before = checksum(url)
+    """Changes the checkpoint under load; the run, and what is to be shown. What was bad is replaced by a good one."""
+    before = shown(url)["sha256"]
 
     async def swap(run: Run) -> None:
         await asyncio.sleep(2)
         await asyncio.to_thread(install, root, BUNDLED, change)
 
     run = load(10 if quick else 20, during=swap)
-    end = time.monotonic() + SETTLE_S
-    while (after := checksum(url)) == before and time.monotonic() < end:
-        time.sleep(0.2)
     if good:
-        return run, {"the new weights answer": after is not None and after != before}
-    return run, {"the old weights answer": after == before}
+        after = wait_for(url, lambda model: model["sha256"] != before)
+        return run, {"the new weights answer": after["sha256"] not in (None, before)}
+    after = wait_for(url, refused)
+    verdict = {"the new weights are refused": refused(after), "the old ones answer": after["sha256"] == before}
+    # The next case must not take this refusal for its own.
+    install(root, BUNDLED)
+    healed = wait_for(url, lambda model: model["pending"] is None)
+    return run, {**verdict, "a good one is taken afterwards": healed["pending"] is None}

@@ -20,6 +20,10 @@ ALWAYS_OPEN = "24/7"
 DAY = np.timedelta64(1, "D").astype("timedelta64[us]")
 _UNITS = {"s": 1, "sec": 1, "min": 60, "t": 60, "h": 3600, "d": 86400, "day": 86400, "w": 604800, "week": 604800}
 _FREQ = re.compile(r"(\d{0,4})\s*([a-z]+)")
+_SESSIONS_A_YEAR = 200
+"""At least, on any exchange."""
+_LAST_YEAR = 2204
+"""Of any schedule; pandas ends in 2262."""
 _CHECKED_BARS = 1000
 _FIT_SHARE = 0.9
 """Share of the history's bars that must lie on the calendar's grid: vendors have the odd auction bar beside it."""
@@ -102,22 +106,12 @@ def require_known(name: str) -> None:
 
 
 @lru_cache(maxsize=64)
-def _sessions(name: str, first_year: int, last_year: int) -> tuple[np.ndarray, np.ndarray, str, bool]:
-    """(dates datetime64[D] [N], opens and closes datetime64[us] UTC [N, parts, 2], time zone, complete).
+def _sessions(name: str, first_year: int, last_year: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """(dates datetime64[D] [N], opens and closes datetime64[us] UTC [N, parts, 2], time zone).
 
-    parts is 2 with a lunch break (a session without one has NaT in the second), else 1. complete is False if the
-    calendar ends before last_year does.
+    parts is 2 with a lunch break (a session without one has NaT in the second), else 1.
     """
-    import exchange_calendars
-
-    require_known(name)
-    probe = exchange_calendars.get_calendar(name)
-    first, last = pd.Timestamp(first_year, 1, 1), pd.Timestamp(last_year, 12, 31)
-    lower, upper = probe.bound_min(), probe.bound_max()
-    start, end = max(first, lower) if lower is not None else first, min(last, upper) if upper is not None else last
-    if start >= end:
-        raise CalendarError("calendar", "calendar_out_of_range", "this calendar does not cover these years")
-    schedule = exchange_calendars.get_calendar(name, start=start, end=end).schedule
+    schedule, zone = _schedule(name, first_year, last_year)
     parts = [(schedule["open"], schedule["close"])]
     if schedule["break_start"].notna().any():
         # A session without a break is one part that lasts from open to close.
@@ -125,23 +119,48 @@ def _sessions(name: str, first_year: int, last_year: int) -> tuple[np.ndarray, n
         end_of_second = schedule["close"].where(schedule["break_end"].notna())
         parts = [(schedule["open"], end_of_first), (schedule["break_end"], end_of_second)]
     hours = np.stack([np.stack([_utc(opens), _utc(closes)], axis=-1) for opens, closes in parts], axis=1)
-    return schedule.index.to_numpy().astype("datetime64[D]"), hours, str(probe.tz), end == last
+    return schedule.index.to_numpy().astype("datetime64[D]"), hours, zone
+
+
+def _schedule(name: str, first_year: int, last_year: int) -> tuple[pd.DataFrame, str]:
+    """The table of sessions, as far as the calendar covers these years, and its time zone."""
+    import exchange_calendars
+
+    require_known(name)
+    first, last = pd.Timestamp(first_year, 1, 1), pd.Timestamp(last_year, 12, 31)
+    schedule = None
+    try:
+        probe = exchange_calendars.get_calendar(name)
+        lower, upper = probe.bound_min(), probe.bound_max()
+        start, end = max(first, lower) if lower is not None else first, min(last, upper) if upper is not None else last
+        if start < end:
+            schedule = exchange_calendars.get_calendar(name, start=start, end=end).schedule
+    except Exception as error:  # of any kind: the rules of some exchanges do not go with every release of pandas
+        text = f"the calendar {name} does not work with the installed exchange_calendars: leave it out and give freq"
+        raise CalendarError("calendar", "calendar_unavailable", text) from error
+    if schedule is None:
+        raise CalendarError("calendar", "calendar_out_of_range", "this calendar does not cover these years")
+    return schedule, str(probe.tz)
 
 
 def _utc(column: pd.Series) -> np.ndarray:
     return column.dt.tz_convert("UTC").dt.tz_localize(None).to_numpy().astype("datetime64[us]")
 
 
-def _calendar(local: np.ndarray, name: str, spare_years: int) -> tuple[np.ndarray, np.ndarray, str, bool]:
+def _calendar(local: np.ndarray, name: str, horizon: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """_sessions from before the history, as far as it is looked at, to after `horizon` of them."""
     first, last = (int(str(moment)[:4]) for moment in (local[max(0, len(local) - _CHECKED_BARS)], local[-1]))
     if not 1900 <= first <= last <= 2200:
         raise CalendarError("calendar", "calendar_out_of_range", "calendars cover 1900 to 2200")
-    return _sessions(name, first - 1, last + spare_years)
+    return _sessions(name, first - 1, min(last + 2 + horizon // _SESSIONS_A_YEAR, _LAST_YEAR))
 
 
 def _daily(local: np.ndarray, horizon: int, name: str) -> np.ndarray:
-    dates, _, _, _ = _calendar(local, name, spare_years=4)
+    dates, _, _ = _calendar(local, name, horizon)
     day = local[-1].astype("datetime64[D]")
+    if day < dates[0]:
+        text = f"this calendar begins with {dates[0]}, after the history: leave calendar out, or give future_timestamps"
+        raise CalendarError("calendar", "calendar_out_of_range", text)
     following = dates[dates > day][:horizon]
     _require_enough(following, horizon)
     return following.astype("datetime64[us]") + (local[-1] - day.astype("datetime64[us]"))
@@ -149,7 +168,7 @@ def _daily(local: np.ndarray, horizon: int, name: str) -> np.ndarray:
 
 def _intraday(local: np.ndarray, offset: timedelta | None, horizon: int, step: np.timedelta64, name: str) -> np.ndarray:
     """Bars are labelled by their open or by their close: whichever the history shows."""
-    _, hours, zone, _ = _calendar(local, name, spare_years=4)
+    _, hours, zone = _calendar(local, name, horizon)
     utc = _to_utc(local[-_CHECKED_BARS:], offset, zone)
     around = hours[(hours[:, 0, 0] > utc[0] - 7 * DAY)]
     # Enough for the horizon even if a session had a single bar, and for what lies between.

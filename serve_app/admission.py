@@ -81,6 +81,8 @@ class Admission:
         group = booking.group
         if computed:
             self._finished[group].append((self._clock(), booking))
+        # Here too, and not only where the rate is asked for: without pressure nobody asks.
+        self._forget_old(group)
         self._bookings[group].remove(booking)
         self._own[group] -= booking.work
         if not self._bookings[group]:
@@ -93,13 +95,17 @@ class Admission:
 
     def rate(self, group: str) -> float | None:
         """Work that came back per second in which there was some, over the last RATE_WINDOW_S; None if nothing did."""
-        finished, now = self._finished[group], self._clock()
-        while finished and finished[0][0] < now - RATE_WINDOW_S:
-            finished.popleft()
+        finished = self._finished[group]
+        self._forget_old(group)
         if not finished:
             return None
         busy = self._busy_s(group) - min(booking.busy_s for _, booking in finished)
         return sum(booking.work for _, booking in finished) / max(SHORTEST_BUSY_S, busy)
+
+    def _forget_old(self, group: str) -> None:
+        finished, oldest = self._finished[group], self._clock() - RATE_WINDOW_S
+        while finished and finished[0][0] < oldest:
+            finished.popleft()
 
     def wait_s(self, group: str) -> float:
         """Seconds of work under way; 0 as long as nothing has been measured."""

@@ -77,15 +77,18 @@ class Ingress:
             log(logging.WARNING, warning)
         self._serve(config)
 
-    def _serve(self, config: AppConfig, *warnings: str) -> None:
-        """From now on new requests are answered under this configuration; those under way end under theirs."""
-        self._config = config
+    def _serve(self, config: AppConfig, *notes: str) -> None:
+        """From now on new requests are answered under this configuration; those under way end under theirs.
+
+        notes: what /v1/info says about settings that are not in effect.
+        """
+        self._config, self._notes = config, notes
         self._backend.replica_wait_s = config.limits.replica_wait_s
         self._clients.limits = config.limits
         self._app = create_app(
             self._backend,
             config,
-            (*self._live.warnings, *self._plan.warnings, *warnings),
+            (*self._live.warnings, *self._plan.warnings, *notes),
             behind_serve=True,
             metrics=self._metrics,
             drain=self._drain,
@@ -102,8 +105,6 @@ class Ingress:
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Takes over models, limits and defaults, a new default model as soon as a replica has loaded it."""
-        if self._switching is not None:
-            self._switching.cancel()
         try:
             config = self._live.update(user_config)
         except InvalidUserConfigError as error:
@@ -111,7 +112,9 @@ class Ingress:
             log(logging.ERROR, "user_config was refused, the settings before it stay", error_message=str(error))
             self._serve(self._config, f"the latest user_config was refused: {error}")
             return
-        if config == self._config and user_config == {}:
+        if self._switching is not None:
+            self._switching.cancel()
+        if config == self._config and not self._notes:
             return  # as at start
         if self._can_answer(config):
             self._serve(config)

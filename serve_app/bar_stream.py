@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -33,15 +34,19 @@ class BarStream:
         """resume: leave out what has been delivered, and refuse an engine of another origin."""
         self._resume = resume
         self._skip = [0] * tasks if resume is None else list(resume.delivered)
-        self._origin = ""
+        self._origin = self._backend = ""
+        self._queue_ms: Callable[[], float] = lambda: 0.0
         self._bars: list[Bars] = []
         self._lock = threading.Lock()
         self._arrived = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
-    def begin(self, engine: Engine) -> None:
-        """Names the engine that computes. Raises OriginChangedError if it cannot go on where another stopped."""
-        self._origin = origin(engine)
+    def begin(self, engine: Engine, queue_ms: Callable[[], float]) -> None:
+        """Names the engine that computes. queue_ms: known once it does.
+
+        Raises OriginChangedError if it cannot go on where another stopped.
+        """
+        self._origin, self._backend, self._queue_ms = origin(engine), engine.device.backend, queue_ms
         if self._resume is not None and self._resume.origin != self._origin:
             raise OriginChangedError
 
@@ -51,7 +56,7 @@ class BarStream:
         if skipped >= values.shape[1]:
             return
         with self._lock:
-            self._bars.append(Bars(task, first + skipped, values[:, skipped:]))
+            self._bars.append(Bars(task, first + skipped, values[:, skipped:], self._backend, self._queue_ms()))
             wake = len(self._bars) == 1
         if wake:
             self._loop.call_soon_threadsafe(self._arrived.set)
@@ -81,7 +86,5 @@ class BarStream:
 def joined(bars: Sequence[Bars]) -> tuple[Bars, ...]:
     """One Bars per task; those of one task follow each other without gaps."""
     by_task = groupby(sorted(bars, key=lambda piece: piece.task), key=lambda piece: piece.task)
-    pieces = [(task, list(group)) for task, group in by_task]
-    return tuple(
-        Bars(task, group[0].first, np.concatenate([piece.values for piece in group], axis=1)) for task, group in pieces
-    )
+    pieces = [list(group) for _, group in by_task]
+    return tuple(replace(group[0], values=np.concatenate([one.values for one in group], axis=1)) for group in pieces)

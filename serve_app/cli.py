@@ -113,11 +113,11 @@ def port_errors(path: str) -> list[str]:
     with open(path, encoding="utf-8") as file:
         options = (yaml.safe_load(file) or {}).get("http_options", {})
     host, port = options.get("host", "127.0.0.1"), int(options.get("port", 8000))
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        taken = probe.connect_ex(("127.0.0.1" if host == "0.0.0.0" else host, port)) == 0
-    text = f"port {port} of {host} is in use: stop what listens there, or change http_options.port in {path}"
-    return [text] if taken else []
+    try:
+        socket.create_connection(({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port), timeout=1).close()
+    except OSError:
+        return []
+    return [f"port {port} of {host} is in use: stop what listens there, or change http_options.port in {path}"]
 
 
 def _checked(options: argparse.Namespace) -> bool:

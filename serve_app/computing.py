@@ -98,6 +98,11 @@ class Progress:
         self._waiting.leave(1)
         self.starts.append(time.monotonic())
 
+    @property
+    def queue_ms(self) -> float:
+        """How long the job waited for its first worker; known once it has one."""
+        return (min(self.starts) - self.arrived) * 1000
+
 
 class Workers:
     """Threads that wait for engines."""

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from model.engine.types import WindowPolicy
 from serve_app.keys import KeyRing, address_error, parse_keys
+from serve_app.schemas import LOWEST_TEMPERATURE
 
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,4})?")
@@ -30,7 +31,7 @@ def nearest(name: str, known: list[str]) -> str:
 class Strict(BaseModel):
     """A section of the configuration. Errors do not show what was given: it may be a secret in the wrong place."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -257,6 +258,13 @@ class Defaults(Strict):
     window: Annotated[str, AfterValidator(_check_window)] = Field(
         default="exact", description="what happens when a forecast outgrows the context: exact, hop:K or fit"
     )
+
+    @field_validator("temperature")
+    @classmethod
+    def _drawable(cls, temperature: float) -> float:
+        if 0 < temperature < LOWEST_TEMPERATURE:
+            raise ValueError(f"must be 0 (greedy) or at least {LOWEST_TEMPERATURE}")
+        return temperature
 
 
 LIVE = ("models", "default_model", "models_root", "limits", "defaults")

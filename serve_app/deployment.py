@@ -137,7 +137,7 @@ class KronosReplica:
             with Progress(job, self._load) as progress:
                 async with self._store.lease(job.model, self.config.limits.load_wait_s) as engine:
                     if stream is not None:
-                        stream.begin(engine)
+                        stream.begin(engine, lambda: progress.queue_ms)
                     paths = await self._workers.compute(engine, progress, stream)
         except UnknownModelError:
             return Failed("unknown_model", f"model {job.model!r} is not served any more")
@@ -147,14 +147,14 @@ class KronosReplica:
             return Failed("no_replica", "the replica that streamed this was lost and no equal one is left; ask again")
         except COMPUTING_ERRORS as error:
             return failed(error, job)
-        ended, first = time.monotonic(), min(progress.starts)
+        since_arrival_ms = (time.monotonic() - progress.arrived) * 1000
         return Done(
             paths=paths,
             identity=engine.identity,
             device=engine.device,
             replica_id=self._replica_id,
-            queue_ms=(first - progress.arrived) * 1000,
-            compute_ms=(ended - first) * 1000,
+            queue_ms=progress.queue_ms,
+            compute_ms=since_arrival_ms - progress.queue_ms,
         )
 
     async def record_replica_metadata(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 from starlette.requests import Request
@@ -18,7 +18,7 @@ from serve_app.bodies import ARROW, body_kind, read_body
 from serve_app.config import AppConfig
 from serve_app.connection import until_gone
 from serve_app.errors import FieldError, ServiceError, invalid_fields
-from serve_app.jobs import Answered, Backend, Bars, Job, joined_warnings
+from serve_app.jobs import Answered, Backend, Bars, Done, Job, joined_warnings
 from serve_app.limits import ClientLimits
 from serve_app.logs import LOGGER_NAME
 from serve_app.metrics import Metrics
@@ -74,7 +74,7 @@ class Forecasting:
             if asked.stream:
                 return await self._stream(request, work, held)
             answered, content = await until_gone(request.receive, work.whole())
-        headers = {"X-Backend-Used": answered.done.device.backend, "Server-Timing": timing(answered)}
+        headers = {"X-Backend-Used": answered.done.device.backend, "Server-Timing": timing_of(answered.done)}
         return Response(content, media_type=media_type, headers=headers)
 
     def _admit(self, held: AsyncExitStack, request: Request, record: Record) -> None:
@@ -102,23 +102,27 @@ class Forecasting:
         events = work.events()
         held.push_async_callback(events.aclose)
         first = await until_gone(request.receive, anext(events))
-        # Which device answers is known at the end; or at once, where all replicas have one kind.
-        kinds = {view.device.backend for view in self.backend.replicas()}
-        headers = {"X-Backend-Used": kinds.pop()} if len(kinds) == 1 else {}
-        # The times of the answer stand in its event, which comes last.
-        headers["Server-Timing"] = f"first;dur={work.record.seconds() * 1000:.2f}"
+        # Up to the first event; the times of the answer stand before its event, which comes last.
+        passed = work.record.seconds() * 1000
+        spent = timing(work.queue_ms, 0.0, max(0.0, passed - work.queue_ms))
+        headers = {"X-Backend-Used": work.backend, "Server-Timing": spent}
         return EventStream(first, events, held.pop_all(), headers)
 
 
 @dataclass
 class _Work:
-    """One request, from job to the bytes of its answer. Its deadline runs from when the request came in."""
+    """One request, from job to the bytes of its answer. Its deadline runs from when the request came in.
+
+    backend, queue_ms: of a stream, once its first event is there.
+    """
 
     service: Forecasting
     record: Record
     asked: Asked
     prefer: str | None
     write: Write
+    backend: str = ""
+    queue_ms: float = 0.0
 
     def __post_init__(self) -> None:
         limits, asked = self.service.limits, self.asked
@@ -140,10 +144,12 @@ class _Work:
             stream = cast(AsyncGenerator[Bars | Answered, None], self.service.backend.stream(self.job, self.prefer))
             async with aclosing(stream) as results:
                 while isinstance(result := await self._in_time(anext(results)), Bars):
+                    self.backend, self.queue_ms = result.backend, result.queue_ms
                     yield event("bars", await asyncio.to_thread(_bars_bytes, self.asked, result))
                     begun = True
             done = result.done
-            comment = f"backend={done.device.backend}; replica={done.replica_id}; {timing(result)}"
+            self.backend, self.queue_ms = done.device.backend, done.queue_ms
+            comment = f"backend={done.device.backend}; replica={done.replica_id}; {timing_of(done)}"
             yield event("answer", await self._written(result), comment)
         except Exception as error:
             if not begun:
@@ -166,7 +172,22 @@ class _Work:
         except TimeoutError:
             raise self._late() from None
         except ServiceError as error:
-            raise (self._late() if error.code == "deadline_passed" else error) from None
+            raise self._told(error) from None
+
+    def _told(self, error: ServiceError) -> ServiceError:
+        """What the backend says, in the terms of the request."""
+        if error.code == "deadline_passed":
+            return self._late()
+        if error.code == "invalid_fields":
+            return invalid_fields([self._placed(field) for field in error.fields])
+        return error
+
+    def _placed(self, field: FieldError) -> FieldError:
+        """A replica counts tasks; the client knows them by their places in its body."""
+        match field.loc:
+            case (int(task), *rest):
+                return replace(field, loc=(*self.asked.items[task].loc, *rest))
+        return field
 
     def _late(self) -> ServiceError:
         self.service.metrics.timeouts.labels(self.record.route).inc()
@@ -194,10 +215,13 @@ def encode(answer: Any) -> bytes:
     return json.dumps(answer, allow_nan=False, separators=(",", ":")).encode()
 
 
-def timing(answered: Answered) -> str:
+def timing_of(done: Done) -> str:
+    return timing(done.queue_ms, done.batch_ms, done.compute_ms)
+
+
+def timing(queue_ms: float, batch_ms: float, compute_ms: float) -> str:
     """The value of Server-Timing."""
-    done = answered.done
-    return f"queue;dur={done.queue_ms:.2f}, batch;dur={done.batch_ms:.2f}, compute;dur={done.compute_ms:.2f}"
+    return f"queue;dur={queue_ms:.2f}, batch;dur={batch_ms:.2f}, compute;dur={compute_ms:.2f}"
 
 
 def _bars_bytes(asked: Asked, bars: Bars) -> bytes:

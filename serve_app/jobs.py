@@ -196,11 +196,14 @@ class Bars:
     """Bars of one task that will not change any more, sent while the job still runs.
 
     task: index in the job. first: index of the first bar. values: candles float64 [S, n, 6].
+    backend: the value of X-Backend-Used. queue_ms: how long the job waited before the computing began.
     """
 
     task: int
     first: int
     values: np.ndarray
+    backend: str
+    queue_ms: float
 
 
 @dataclass(frozen=True)

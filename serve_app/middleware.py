@@ -23,6 +23,16 @@ MAX_REQUEST_ID = 64
 NOTHING_COMPUTED = "queue;dur=0.00, batch;dur=0.00, compute;dur=0.00"
 CLIENT_GONE = 499
 """Status in log and metrics of a request whose client closed the connection; nothing is sent."""
+_OPTIONAL_FIELDS = (
+    "series_count",
+    "rows",
+    "pred_len",
+    "queue_time_ms",
+    "model_inference_ms",
+    "error_type",
+    "error_message",
+)
+"""Of a log line: null where they do not apply, so that every line has the same fields."""
 
 
 @dataclass
@@ -124,7 +134,8 @@ class RequestContext:
         if "error_type" in record.details:
             self.metrics.error(record.details["error_type"])
         # Probes and scrapes come every few seconds: their lines would drown the others.
-        level = logging.DEBUG if scope["method"] == "GET" and record.route != "unmatched" else logging.INFO
+        probe = scope["method"] == "GET" and (record.status < 400 or record.route == "/v1/readyz")
+        level = logging.DEBUG if probe and record.route != "unmatched" else logging.INFO
         log(
             level,
             "request",
@@ -136,7 +147,7 @@ class RequestContext:
             latency_ms=round(seconds * 1000, 2),
             request_size_bytes=record.request_size_bytes,
             response_size_bytes=record.response_size_bytes,
-            **record.details,
+            **dict.fromkeys(_OPTIONAL_FIELDS) | record.details,
         )
 
 

@@ -89,7 +89,10 @@ class ModelStore:
         """
         self._asked[alias] += 1
         try:
-            loaded = await asyncio.wait_for(self._get(alias), wait_s)
+            # A model whose replacement is on its way goes on serving, and so does one that is not listed any more.
+            loaded = self._loaded.get(alias)
+            if loaded is None:
+                loaded = await asyncio.wait_for(self._arriving(alias), wait_s)
             loaded.users += 1
         except TimeoutError:
             raise ModelUnavailableError(f"model {alias!r} is being loaded; try again soon", RETRY_LOADING_S) from None
@@ -107,17 +110,15 @@ class ModelStore:
                 self._outgoing.discard(loaded)
                 self._released.set()
 
-    async def _get(self, alias: str) -> _Loaded:
-        # A model whose replacement is on its way goes on serving, and so does one that is not listed any more.
-        if (loaded := self._loaded.get(alias)) is not None:
-            return loaded
+    def _arriving(self, alias: str) -> asyncio.Future[_Loaded]:
+        """A model that is not loaded; its loading has begun. Raises as lease does."""
         spec = self.find(alias)
         if spec is None:
             raise UnknownModelError(alias)
         if (failure := self._recent_failure(alias, spec)) is not None:
             raise ModelUnavailableError(failure.message, failure.at + self.retry_s - self._clock())
         # Shielded: a request that gives up must not stop the loading that others wait for.
-        return await asyncio.shield(self._start_loading(alias, spec))
+        return asyncio.shield(self._start_loading(alias, spec))
 
     def load_now(self, alias: str) -> None:
         """Blocks; for use before the first request. A failure is remembered, not raised."""

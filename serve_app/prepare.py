@@ -29,10 +29,11 @@ SEED_SPACE = 2**53
 class Prepared:
     """One series, ready to compute and to answer.
 
-    candles: float64 [T, 6] as given. future: the texts of the H times to forecast. local: datetime64[us] [H], the same
-    on the history's wall clock, which is offset from UTC (None: not told).
+    loc: its place in the body. candles: float64 [T, 6] as given. future: the texts of the H times to forecast.
+    local: datetime64[us] [H], the same on the history's wall clock, which is offset from UTC (None: not told).
     """
 
+    loc: Loc
     id: str | None
     task: Task
     candles: np.ndarray
@@ -73,8 +74,8 @@ def prepare_predictions(
         if not bad:
             task = _task(candles, item.timestamps, item.prediction_timestamps.local, sampling, defaults.window)
             future = item.prediction_timestamps
-            prepared.append(Prepared(item.series_id, task, candles, future.texts, future.local, future.offset))
-    return _checked(prepared, faults, ("items",) if len(items) > 1 else (), limits)
+            prepared.append(Prepared(loc, item.series_id, task, candles, future.texts, future.local, future.offset))
+    return _checked(prepared, faults, items[0][0][:1], limits)
 
 
 def prepare_forecast(request: ForecastRequest, limits: Limits, defaults: Defaults) -> tuple[list[Prepared], int]:
@@ -119,7 +120,7 @@ def _forecast_series(
     if request.calibrate:
         key = CalibrationKey(series.id, usual_bar_seconds(series.timestamps.local))
     task = _task(candles, series.timestamps, future, sampling, window, key)
-    return Prepared(name, task, candles, texts, future, series.timestamps.offset), []
+    return Prepared(loc, name, task, candles, texts, future, series.timestamps.offset), []
 
 
 def _future(

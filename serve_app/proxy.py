@@ -1,8 +1,9 @@
-"""What Ray's HTTP proxy takes off a request before it looks at it.
+"""What Ray takes off a request before it looks at it: in its HTTP proxy, or with HAProxy in every ingress replica.
 
-Any client may send headers that Ray reads as orders: to drop its time limit, or to go on computing for one that has
-left. The ingress keeps its own deadlines and watches the connection itself, so neither does harm; here they end at the
-door. And an X-Request-ID that we would not take goes too, because Ray sends back whatever it was given.
+Any client may send headers that Ray reads as orders: to drop its time limit, to go on computing for one that has left,
+to prefer a replica. The ingress keeps its own deadlines and watches the connection itself, so none does harm; here they
+end at the door. An X-Request-ID that we would not take goes too, because Ray sends back whatever it was given, and so
+does a trace context that is not ASCII, because Ray would answer 500 to what it cannot decode.
 
 Ray loads this where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.proxy:middlewares is set when it starts.
 """
@@ -19,10 +20,12 @@ DROPPED = frozenset(
     {
         b"x-request-timeout-seconds",
         b"x-request-disconnect-disabled",
-        b"serve_multiplexed_model_id",
         b"serve-multiplexed-model-id",
+        b"x-session-id",
     }
 )
+"""In Ray's eyes "_" is the same as "-" in some of them."""
+TRACE_CONTEXT = frozenset({b"traceparent", b"tracestate"})
 
 
 class ClientHeaders:
@@ -33,14 +36,21 @@ class ClientHeaders:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if "headers" in scope:
-            dropped = DROPPED
-            if len(given := Headers(scope=scope).getlist("x-request-id")) != 1 or not usable_request_id(given[0]):
-                dropped |= {b"x-request-id"}
-            kept = [(name, value) for name, value in scope["headers"] if name.lower() not in dropped]
+            given = Headers(scope=scope).getlist("x-request-id")
+            keep_id = len(given) == 1 and usable_request_id(given[0])
+            kept = [(name, value) for name, value in scope["headers"] if _passes(name.lower(), value, keep_id)]
             scope = {**scope, "headers": kept}
         await self.app(scope, receive, send)
 
 
+def _passes(name: bytes, value: bytes, keep_id: bool) -> bool:
+    if name == b"x-request-id":
+        return keep_id
+    if name in TRACE_CONTEXT:
+        return value.isascii()
+    return name.replace(b"_", b"-") not in DROPPED
+
+
 def middlewares() -> list[Middleware]:
-    """Called by Ray in every proxy."""
+    """Called by Ray in every process that listens for HTTP."""
     return [Middleware(ClientHeaders)]

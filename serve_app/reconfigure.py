@@ -16,11 +16,6 @@ class RestartNeededError(ValueError):
     """The file differs from what runs in keys that only a restart can change. The message names them."""
 
 
-def live_part(args: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an application's args may be sent as user_config."""
-    return {key: args[key] for key in LIVE if key in args}
-
-
 def with_user_config(
     running: Mapping[str, Any], deployments: list[str], edited_args: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -35,7 +30,8 @@ def with_user_config(
     if fixed:
         raise RestartNeededError(f"{', '.join(fixed)} cannot change without a restart: use `serve deploy` for that")
     kept = {entry["name"]: entry for entry in running.get("deployments") or []}
-    user_config = live_part(edited_args)
+    # With what the file leaves out: a key that is gone means its default, and not what the service was started with.
+    user_config = {key: after[key] for key in LIVE}
     entries = [{**kept.pop(name, {}), "name": name, "user_config": user_config} for name in deployments]
     return {**running, "deployments": [*entries, *kept.values()]}
 

@@ -201,9 +201,9 @@ class RayBackend:
         until = time.monotonic() + min(self.replica_wait_s, job.timeout_s)
         try:
             while not (alive := [name for name in order if _alive(name)]):
+                self._wake(order)
                 if time.monotonic() >= until:
                     raise ServiceError("no_replica", "no replica is running now; it may be starting")
-                self._wake(order)
                 await asyncio.sleep(POLL_S)
             return alive
         finally:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import pkgutil
 import signal
 import sys
 import threading
@@ -54,8 +55,14 @@ FAST_ENVIRONMENT = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 2**20),  # of 4 MiB: a large answer would be a 500
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # of 30 s: draining is ours
+    # HAProxy is every connection's other end and passes X-Forwarded-For on as the client wrote it: believed, it
+    # would let anybody choose the address that limits count by.
+    "FORWARDED_ALLOW_IPS": "",
 }
 """HAProxy in place of Ray's proxy, gRPC between processes. It opens ports on all interfaces: docs/operations.md."""
+
+TRACE_FILES = "ray.serve._private.tracing_utils:default_tracing_exporter"
+"""Ray's own exporter, to files beside its logs."""
 
 
 class _Signals:
@@ -83,7 +90,7 @@ def start(config: dict[str, Any], options: argparse.Namespace) -> Any:
     tracing = None
     if options.trace_ratio:
         tracing = TracingConfig(
-            enabled=True, sampling_ratio=options.trace_ratio, exporter_import_path=options.trace_exporter
+            enabled=True, sampling_ratio=options.trace_ratio, exporter_import_path=options.trace_exporter or ""
         )
     client = serve_start(
         http_options=schema.http_options.model_dump(),
@@ -145,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the process's exit status."""
     options = _parse(arguments)
     configure_logging("INFO")
-    for name, value in (ENVIRONMENT | (FAST_ENVIRONMENT if options.fast else {})).items():
+    for name, value in _environment(options).items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_ADDRESS", "local")
     # From here on Ray may be imported: it reads the variables above when it is.
@@ -164,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     client = start(config, options)
     signals = _Signals()
-    names = [application["name"] for application in config["applications"]]
+    names = [application.get("name", "default") for application in config["applications"]]
     http = config.get("http_options", {})
     failure = wait_until_running(names, signals.first)
     if failure is not None:
@@ -186,15 +193,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if failure is None else 1
 
 
+def _environment(options: argparse.Namespace) -> dict[str, str]:
+    tracing = {
+        "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": options.trace_exporter or TRACE_FILES,
+        "RAY_SERVE_TRACING_SAMPLING_RATIO": str(options.trace_ratio),
+    }
+    return {
+        **ENVIRONMENT,
+        **(FAST_ENVIRONMENT if options.fast else {}),
+        # Serve tells replicas of its tracing_config, on any cluster, but not its proxies: those read variables.
+        **(tracing if options.trace_ratio else {}),
+    }
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m serve_app.run", description=__doc__.split("\n", 1)[0])
     parser.add_argument("path", nargs="?", default="serve_config.yaml")
     parser.add_argument("--drain-s", type=float, default=DRAIN_S, help="longest wait for requests in flight")
     parser.add_argument("--fast", action="store_true", help="HAProxy and gRPC, see docs/operations.md")
     parser.add_argument("--ray-metrics-port", type=int, help="Ray's own Prometheus metrics; a free port without it")
-    parser.add_argument("--trace-ratio", type=float, default=0.0, help="share of requests traced by OpenTelemetry")
-    parser.add_argument("--trace-exporter", default="", help="module:function that returns span processors")
-    return parser.parse_args(arguments)
+    parser.add_argument("--trace-ratio", type=_share, default=0.0, help="share of requests traced by OpenTelemetry")
+    parser.add_argument("--trace-exporter", type=_importable, help="module:function that returns span processors")
+    options = parser.parse_args(arguments)
+    if options.trace_exporter and not options.trace_ratio:
+        parser.error("--trace-exporter without --trace-ratio: nothing would be traced")
+    return options
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError("must lie between 0 and 1")
+    return share
+
+
+def _importable(name: str) -> str:
+    """Otherwise every process of the cluster would find out by itself, one failed start after another."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"cannot be imported here: {error}") from None
+    return name
 
 
 if __name__ == "__main__":

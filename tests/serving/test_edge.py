@@ -44,6 +44,11 @@ def test_rays_headers_do_not_keep_the_computing_alive(slow, request_body, wait):
     wait(lambda: all_idle(slow), 5)
 
 
+@pytest.mark.parametrize("name", ["x-session-id", "x_session_id", "serve-multiplexed_model_id"])
+def test_a_header_that_ray_cannot_decode_does_no_harm(real, name):
+    assert real.get("/v1/healthz", headers={name: b"\xff"}).status_code == 200
+
+
 def test_a_declared_size_over_the_limit_is_refused_before_the_body_comes(applications):
     url = urlsplit(applications["real"])
     head = (

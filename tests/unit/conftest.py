@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 
 import httpx
 import numpy as np
@@ -11,6 +12,7 @@ from model.types import Paths, Window
 from serve_app.config import AppConfig
 from serve_app.ingress import create_app
 from serve_app.jobs import Answered, Bars, DeviceFacts, Done, Identity, ReplicaView
+from serve_app.logs import LOGGER_NAME, JsonFormatter
 
 DEVICE = DeviceFacts(
     device="cpu",
@@ -84,7 +86,7 @@ class FakeBackend:
                         raise self.error
                     values = paths.values[:, first : first + 2]
                     if values.shape[1]:
-                        yield Bars(index, first, values)
+                        yield Bars(index, first, values, DEVICE.backend, 1.0)
                         sent += 1
             yield answered
         finally:
@@ -185,3 +187,21 @@ def candle_items():
         }
 
     return make
+
+
+@pytest.fixture
+def log_lines():
+    """What the service logs at INFO and above while a test runs, read back from JSON."""
+    found = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            found.append(json.loads(JsonFormatter().format(record)))
+
+    logger, keep = logging.getLogger(LOGGER_NAME), Keep()
+    level = logger.level
+    logger.addHandler(keep)
+    logger.setLevel(logging.INFO)
+    yield found
+    logger.removeHandler(keep)
+    logger.setLevel(level)

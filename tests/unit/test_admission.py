@@ -2,7 +2,7 @@
 
 import pytest
 
-from serve_app.admission import UNKNOWN_RETRY_S, Admission
+from serve_app.admission import RATE_WINDOW_S, UNKNOWN_RETRY_S, Admission
 
 LONG = 1e9
 
@@ -122,3 +122,11 @@ def test_what_was_cancelled_says_nothing_about_the_rate(clock):
     admission = admission_of(clock)
     admission.end(admission.start("cpu", 50, 1), computed=False)
     assert (admission.rate("cpu"), admission.outstanding("cpu")) == (None, 0)
+
+
+def test_a_service_that_is_never_under_pressure_does_not_collect_finished_jobs(clock):
+    admission = admission_of(clock)
+    for _ in range(1000):
+        assert admission.has_room("cpu", 1, 1, 0)
+        compute(admission, clock, 1, 1.0)
+    assert len(admission._finished["cpu"]) <= RATE_WINDOW_S + 1

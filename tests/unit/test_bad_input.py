@@ -1,4 +1,4 @@
-"""Each bad input of the HTTP interface is its own named field error, in single, batch and forecast alike."""
+"""Each bad input of the HTTP interface is its own named field error, in single, batch, forecast and stream alike."""
 
 import json
 
@@ -33,7 +33,8 @@ TIME_FAULTS = {
     "impossible": (["2024-02-30T00:00:00"], "not_a_time"),
     "long": (["2024-01-01T03:00:00" + " " * 100], "not_a_time"),
 }
-ROUTES = ("single", "batch", "forecast")
+ROUTES = ("single", "batch", "forecast", "stream")
+COLUMNAR = ("forecast", "stream")
 
 
 def times(count, start=0):
@@ -45,7 +46,8 @@ def send(http, route, *, timestamps=None, prices=None, future=None, raw=None, **
     timestamps = times(6) if timestamps is None else timestamps
     table = {"open": [10.0] * 6, "high": [12.0] * 6, "low": [9.0] * 6, "close": [11.0] * 6, **(prices or {})}
     future = times(2, 10) if future is None else future
-    if route == "forecast":
+    if route in COLUMNAR:
+        top["stream"] = route == "stream"
         good = {"timestamps": times(6), "open": [1.0] * 6, "high": [1.0] * 6, "low": [1.0] * 6, "close": [1.0] * 6}
         bad = {"timestamps": timestamps, "future_timestamps": future, **table}
         path, body = "/v1/forecast", {"series": [dict(good, future_timestamps=times(2, 10)), bad], **top}
@@ -66,15 +68,15 @@ def send(http, route, *, timestamps=None, prices=None, future=None, raw=None, **
 
 
 def place(route, *inside):
-    return {"single": (), "batch": ("items", 1), "forecast": ("series", 1)}[route] + inside
+    return {"single": (), "batch": ("items", 1), "forecast": ("series", 1), "stream": ("series", 1)}[route] + inside
 
 
 def cell(route, column, row):
-    return place(route, column, row) if route == "forecast" else place(route, "candles", row, column)
+    return place(route, column, row) if route in COLUMNAR else place(route, "candles", row, column)
 
 
 def future_name(route):
-    return "future_timestamps" if route == "forecast" else "prediction_timestamps"
+    return "future_timestamps" if route in COLUMNAR else "prediction_timestamps"
 
 
 def assert_field(response, loc, code):
@@ -154,7 +156,7 @@ def test_future_that_does_not_follow_the_history(http, route, future, code):
 @pytest.mark.parametrize("route", ROUTES)
 def test_lengths_that_differ(http, route):
     response = send(http, route, timestamps=times(5))
-    assert_field(response, place(route, "open" if route == "forecast" else "candles"), "length_mismatch")
+    assert_field(response, place(route, "open" if route in COLUMNAR else "candles"), "length_mismatch")
     assert_field(send(http, route, timestamps=[]), place(route, "timestamps"), "too_few")
     assert_field(send(http, route, future=[]), place(route, future_name(route)), "too_few")
 
@@ -171,6 +173,13 @@ def test_limits_have_their_own_names(make_http, route):
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "cost_over_limit"
     assert response.json()["error"]["fields"][0]["code"] == "cost_over_limit"
+
+
+def test_the_cost_of_a_batch_of_one_is_that_of_its_items(make_http, candle_items):
+    http = make_http(limits={"max_cost": 1})
+    response = http.post("/v1/predict/batch", {"items": [dict(candle_items(), series_id="a")]})
+    assert response.status_code == 413
+    assert response.json()["error"]["fields"][0]["loc"] == ["items"]
 
 
 def test_horizon_by_number_over_the_limit(http, columns):

@@ -1,5 +1,6 @@
 """Future bar times: inferred, by calendar, or refused with the remedy."""
 
+import exchange_calendars
 import numpy as np
 import pytest
 
@@ -101,9 +102,22 @@ def test_refusals_of_calendars():
     assert refused(["2024-01-05", "2024-01-12"], calendar="XNYS") == ("calendar", "freq_over_a_day")
     assert refused(["1492-01-05", "1492-01-06"], calendar="XNYS") == ("calendar", "calendar_out_of_range")
     assert refused(["9999-12-30", "9999-12-31"], 2) == ("freq", "times_out_of_range")
+    # Shanghai opened in December 1990: its first sessions are not the next ones of 1989.
+    assert refused(["1989-06-05", "1989-06-06"], calendar="XSHG") == ("calendar", "calendar_out_of_range")
     # XSHG publishes its holidays year by year: five hundred days ahead of its last year are not known.
     history = ["2024-01-02", "2024-01-03"]
     assert len(follow(history, 300, calendar="XSHG")) == 300
+    assert len(follow(history, 1500, calendar="XNYS")) == 1500
+
+
+def test_a_calendar_that_its_package_cannot_compute_is_a_refusal(monkeypatch):
+    """As Athens and Tel Aviv are with some releases of pandas."""
+
+    def broken(name, **options):
+        raise NotImplementedError("implemented by subclasses")
+
+    monkeypatch.setattr(exchange_calendars, "get_calendar", broken)
+    assert refused(["1999-01-04", "1999-01-05"], calendar="XLIS") == ("calendar", "calendar_unavailable")
 
 
 def test_real_candles(bars):

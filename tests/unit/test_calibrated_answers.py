@@ -16,7 +16,7 @@ from serve_app.config import AppConfig
 from serve_app.deployment import KronosReplica
 from serve_app.engine import EngineFactory
 from serve_app.ingress import create_app
-from serve_app.jobs import Answered, Bars, Chunk
+from serve_app.jobs import Answered, Chunk
 from serve_app.live_config import LiveConfig
 from serve_app.routing import _done
 
@@ -36,7 +36,7 @@ class OneReplica:
         async for item in self.replica.forecast_stream(job):
             if isinstance(item, Chunk):
                 for bars in item.bars:
-                    yield Bars(bars.task, bars.first, bars.values)
+                    yield bars
             else:
                 yield Answered(_done(item), "cpu")
 

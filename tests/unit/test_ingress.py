@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from serve_app.errors import ServiceError
+from serve_app.errors import FieldError, ServiceError, invalid_fields
 
 
 def codes(response):
@@ -336,6 +336,35 @@ def test_security_off_switches_the_rate_limit_off(make_http, candle_items):
     assert [http.post("/v1/predict/single", candle_items()).status_code for _ in range(3)] == [200] * 3
 
 
+PROMISED = {
+    "request_id", "route", "status_code", "latency_ms", "model_inference_ms", "queue_time_ms", "series_count", "rows",
+    "pred_len", "request_size_bytes", "response_size_bytes", "client", "error_type", "error_message",
+}  # fmt: skip
+
+
+def test_every_request_has_a_log_line_with_the_promised_fields(http, columns, log_lines):
+    for body in ({"series": [columns(), columns(4)], "horizon": 3}, {"series": []}):
+        http.post("/v1/forecast", body, headers={"x-request-id": "mine"})
+    done, refused = log_lines
+    assert done.keys() >= PROMISED
+    assert refused.keys() >= PROMISED
+    assert (done["request_id"], done["route"], done["status_code"], done["client"]) == (
+        "mine", "/v1/forecast", 200, "anonymous",
+    )  # fmt: skip
+    assert (done["series_count"], done["rows"], done["pred_len"]) == (2, 12, 3)
+    assert (done["model_inference_ms"], done["queue_time_ms"], done["error_type"]) == (20.0, 1.0, None)
+    assert min(done["latency_ms"], done["request_size_bytes"], done["response_size_bytes"]) > 0
+    assert (refused["status_code"], refused["error_type"], refused["rows"]) == (422, "invalid_fields", None)
+    assert refused["error_message"]
+
+
+def test_probes_are_quiet_and_refusals_are_not(make_http, fake_backend, log_lines):
+    http = make_http(fake_backend(loaded=False))
+    for path in ("/v1/healthz", "/v1/readyz", "/v1/metrics", "/v1/forecast", "/v1/nothing"):
+        http.get(path)
+    assert [(line["route"], line["status_code"]) for line in log_lines] == [("/v1/forecast", 405), ("unmatched", 404)]
+
+
 # --- deadlines --------------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +387,17 @@ def test_errors_of_the_backend_keep_their_status(make_http, fake_backend, candle
         response = http.post("/v1/predict/single", candle_items())
         assert_error(response, status, code)
         assert response.headers["retry-after"] == "4"
+
+
+def test_what_a_replica_refuses_has_its_place_in_the_body(make_http, fake_backend, columns, candle_items):
+    refused = invalid_fields([FieldError((1, "window"), "invalid_window", "drops more than there is")])
+    http = make_http(fake_backend(error=refused))
+    response = http.post("/v1/forecast", {"series": [columns(), columns()], "window": "hop:9999"})
+    assert_error(response, 422, "invalid_fields")
+    assert codes(response) == [(("series", 1, "window"), "invalid_window")]
+    items = [dict(candle_items(), series_id=name) for name in "ab"]
+    response = http.post("/v1/predict/batch", {"items": items})
+    assert codes(response) == [(("items", 1, "window"), "invalid_window")]
 
 
 def test_an_unexpected_error_shows_nothing(make_http, fake_backend, candle_items):

@@ -103,6 +103,19 @@ def test_loading_is_waited_for_a_bounded_time_and_goes_on():
     assert world.loads == [("a", "v1")]
 
 
+def test_who_does_not_want_to_wait_gets_what_is_loaded_and_starts_what_is_not():
+    world = World("a")
+
+    async def go():
+        with pytest.raises(ModelUnavailableError, match="being loaded"):
+            await world.use("a", wait_s=0)
+        await world.settle("a", "v1")
+        return await world.use("a", wait_s=0)
+
+    assert asyncio.run(go()) == "a@v1"
+    assert world.loads == [("a", "v1")]
+
+
 def test_a_failure_is_remembered_for_its_time():
     world = World("a")
     world.bad.add(("a", "v1"))

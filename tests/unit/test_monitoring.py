@@ -13,6 +13,7 @@ from model.engine.engine import Engine
 from model.engine.types import EngineConfig, Request
 from model.types import Sampling
 from serve_app.deployment import warm_up_series
+from serve_app.errors import STATUS
 from serve_app.replica_metrics import COUNTERS, GAUGES, replica_counters
 
 MONITORING = Path(dashboard.__file__).parent
@@ -89,7 +90,13 @@ def test_alerts_speak_of_what_comes_out(scraped, rule):
     assert rule["labels"]["severity"] in ("critical", "warning", "info")
     assert rule["annotations"].keys() == {"summary", "remedy"}
     selected = dict(re.findall(r"(\w+)=~?\"([^\"]+)\"", rule["expr"]))
-    assert selected.keys() <= {"job", "status", "route"}
+    assert selected.keys() <= {"job", "status", "route", "code"}
+    assert selected.get("code", "internal") in STATUS
+
+
+def test_no_alert_fires_because_a_group_has_no_replica_by_right():
+    """A GPU group without a GPU (the shipped configuration on a CPU host) and a sleeping group are no faults."""
+    assert not [rule["alert"] for rule in RULES if "kronos_replicas" in rule["expr"]]
 
 
 def test_the_dashboard_speaks_of_what_comes_out(scraped):

@@ -274,6 +274,7 @@ def test_a_stream_gives_every_bar_once_and_then_the_whole():
     assert all(isinstance(chunk, Chunk) for chunk in chunks)
     # Coalesced: 16 bars came in fewer chunks, but not all at the end.
     assert 1 < len(chunks) < 8
+    assert all(bars.backend == "cpu" and bars.queue_ms >= 0 for chunk in chunks for bars in chunk.bars)
     for task in range(2):
         pieces = [bars for chunk in chunks for bars in chunk.bars if bars.task == task]
         assert [bars.first for bars in pieces] == list(np.cumsum([0] + [p.values.shape[1] for p in pieces[:-1]]))

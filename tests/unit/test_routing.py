@@ -299,11 +299,25 @@ def test_a_sleeping_group_is_woken_by_who_waits_but_never_for_gpus_that_are_not_
         assert [handle.wakes for handle in handles.values()] == wakes
 
 
+def test_a_sleeping_group_is_woken_even_by_who_may_not_wait():
+    handle = Handle()
+    made = backend({"cpu": handle}, wait_s=0, alive=[])
+
+    async def go():
+        with pytest.raises(ServiceError):
+            await made.forecast(JOB, None)
+        await asyncio.sleep(0)
+
+    asyncio.run(go())
+    assert handle.wakes == 1
+
+
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 
 def chunk(first, count, origin="o"):
-    return Chunk(origin, (Bars(0, first, np.arange(first, first + count, dtype=float)[None, :, None].repeat(6, 2)),))
+    values = np.arange(first, first + count, dtype=float)[None, :, None].repeat(6, 2)
+    return Chunk(origin, (Bars(0, first, values, "cpu", 0.0),))
 
 
 def read(made, job=None):

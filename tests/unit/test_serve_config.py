@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from serve_app.cli import check_config, main
-from serve_app.config import AppConfig, Limits
+from serve_app.config import LIVE, AppConfig, Limits
 from serve_app.environment import KNOWN, EnvironmentVariableError, apply_environment
 from serve_app.live_config import InvalidUserConfigError, LiveConfig
 from serve_app.reconfigure import RestartNeededError, with_user_config
@@ -80,6 +80,8 @@ def test_the_service_binds_to_this_machine():
         ({"groups": {"cpu": {"cache_gb": 8}}}, "no model would fit"),
         ({"groups": {"cpu": {"precision": "fp16"}}}, "'auto', 'fp32', 'bf16' or 'int8'"),
         ({"defaults": {"pred_len": 513}}, "over the limit of 512"),
+        ({"defaults": {"temperature": 0.001}}, "at least 0.01"),
+        ({"limits": {"request_timeout_s": float("inf")}}, "finite number"),
     ],
 )
 def test_what_is_refused(args, words):
@@ -179,6 +181,8 @@ def test_unknown_variables_are_warnings_with_the_nearest_name():
     [
         ("MAX_CONTEXT", "many"),
         ("DEFAULT_TOP_P", "2"),
+        ("DEFAULT_TEMPERATURE", "0.001"),
+        ("REQUEST_TIMEOUT", "inf"),
         ("DEVICE", "tpu"),
         ("LOG_LEVEL", "loud"),
         ("SECURITY_ENABLED", "?"),
@@ -225,7 +229,7 @@ def test_what_reconfigure_sends():
     }
     edited = {"clip": 3, "limits": {"max_horizon": 64}, "models": {"a": {"source": "bundled"}}, "default_model": "a"}
     sent = with_user_config(running, ["ingress", "kronos_cpu"], edited)
-    live = {key: edited[key] for key in ("limits", "models", "default_model")}
+    live = AppConfig.model_validate(edited).model_dump(include=set(LIVE))
     # The args stay: Ray would restart every replica if they changed.
     assert sent == {
         **running,
@@ -234,6 +238,9 @@ def test_what_reconfigure_sends():
             {"name": "kronos_cpu", "max_ongoing_requests": 7, "user_config": live},
         ],
     }
+    # What is gone from the file goes back to its default.
+    (gone,) = with_user_config(running, ["ingress"], {"clip": 3})["deployments"][:1]
+    assert LiveConfig(AppConfig(limits={"max_horizon": 100}), {}).update(gone["user_config"]).limits.max_horizon == 512
     with pytest.raises(RestartNeededError, match="clip, ingress cannot change"):
         with_user_config(running, [], {"ingress": {"replicas": 2}})
 
@@ -304,4 +311,7 @@ def test_a_port_in_use_is_an_error_before_anything_starts(tmp_path, capsys):
         path.write_text(yaml.safe_dump({"http_options": {"host": "127.0.0.1", "port": port}, "applications": []}))
         assert main(["check-config", str(path), "--port-free"]) == 1
         assert f"port {port} of 127.0.0.1 is in use" in capsys.readouterr().err
+    assert main(["check-config", str(path), "--port-free"]) == 0
+    # An address of the other family is no crash.
+    path.write_text(yaml.safe_dump({"http_options": {"host": "::1", "port": port}, "applications": []}))
     assert main(["check-config", str(path), "--port-free"]) == 0

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 
 import numpy as np
 import pytest
@@ -34,10 +35,20 @@ def test_a_stream_ends_with_the_answer_that_is_not_streamed(http, body):
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.headers["x-request-id"] == "mine"
     assert response.headers["x-backend-used"] == "cpu"
+    spent = response.headers["server-timing"]
+    assert re.fullmatch(r"queue;dur=1\.00, batch;dur=0\.00, compute;dur=[0-9]+\.[0-9]{2}", spent)
     assert "content-length" not in response.headers
     last = events(response.text)[-1]
     assert last == ("answer", http.post("/v1/forecast", {**body, "stream": False}).json())
     assert ": backend=cpu; replica=replica; queue;dur=1.00, batch;dur=0.50, compute;dur=20.00\n" in response.text
+
+
+def test_a_stream_says_at_once_what_computes_it_whatever_else_is_alive(make_http, fake_backend, body):
+    class Nobody(fake_backend):
+        def replicas(self):
+            return []
+
+    assert make_http(Nobody()).post("/v1/forecast", body).headers["x-backend-used"] == "cpu"
 
 
 def test_bars_come_once_in_order_and_agree_with_the_answer(http, body):
