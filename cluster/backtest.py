@@ -157,6 +157,8 @@ def run(
     benchmark: a symbol of series, which is then not traded; (name, levels by time); None: the equal-weight universe,
     rebalanced at every bar. bars_per_year: None takes those of the calendar. Raises InputError.
     """
+    if bars_per_year is not None and not bars_per_year > 0:
+        raise InputError(f"bars_per_year must be positive, not {bars_per_year:g}", code="bad_size")
     warnings: list[str] = []
     levels = None
     if isinstance(benchmark, str):
@@ -299,6 +301,14 @@ def add_rule_arguments(parser: Any) -> None:
     parser.add_argument("--capital", type=float, default=1.0, help="money at the start")
 
 
+def rules_given(options: argparse.Namespace) -> bool:
+    """Whether any option of add_rule_arguments but --top-k was given."""
+    parser = argparse.ArgumentParser()
+    add_rule_arguments(parser)
+    defaults = vars(parser.parse_args([]))
+    return any(getattr(options, name) != value for name, value in defaults.items() if name != "top_k")
+
+
 def rules_of(options: argparse.Namespace) -> Rules:
     return Rules(
         top_k=options.top_k,
@@ -338,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bars_per_year=options.bars_per_year,
         )
         write(found, options.out)
-    except (KronosError, ValueError) as error:
+    except (KronosError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for warning in found.summary["warnings"]:

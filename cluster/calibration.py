@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fitted = fit(choice, windows, setting, options.method, workers=options.workers)
         path = options.out or choice.folder / CALIBRATION_FILE
         save(path, fitted)
-    except (KronosError, ValueError) as error:
+    except (KronosError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for entry in fitted["entries"]:

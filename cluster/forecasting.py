@@ -7,9 +7,10 @@ same ones whoever computes them: rounding depends on who steps together.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,15 +18,18 @@ import numpy as np
 import ray
 import torch
 
-from cluster.bars import SymbolBars, invalid_candles
+from cluster.bars import SymbolBars
+from cluster.placement import place_actors
 from cluster.ray_session import ray_session
+from cluster.scores import invalid_share
 from cluster.walk_forward import CLOSE, WalkForward, Window
 from model.device import resolve_device
-from model.engine.types import Request, WindowPolicy
 from model.errors import InputError
 from model.predictor import KronosPredictor
-from model.registry import BUNDLED, BUNDLED_FOLDER, PUBLISHED, Checkpoint, CheckpointSource, load_checkpoint
+from model.registry import BUNDLED_FOLDER, Checkpoint, CheckpointSource, load_checkpoint, named_source, whole_path
 from model.types import Sampling, Series
+
+logger = logging.getLogger(__name__)
 
 ROWS_TOGETHER = 256
 """Paths that share the engine's steps: enough to fill its matrix products."""
@@ -35,7 +39,7 @@ WORK_TOGETHER = 500_000
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What to forecast with: "bundled", a published alias, org/repo, or a folder with model/ and tokenizer/."""
+    """What to forecast with. model: as model.registry.named_source takes it."""
 
     model: str
     tokenizer: str | None = None
@@ -44,16 +48,13 @@ class ModelChoice:
 
     @property
     def source(self) -> CheckpointSource:
-        if self.model in PUBLISHED and self.tokenizer is None:
-            return PUBLISHED[self.model]
-        if self.model == "bundled":
-            return BUNDLED
-        return CheckpointSource(Path(self.model).resolve().name, self.model, self.tokenizer)
+        return named_source(self.model, tokenizer=self.tokenizer)
 
     @property
     def folder(self) -> Path:
         """Where training.json and calibration.json lie, if the model is a bundle on this machine."""
-        return BUNDLED_FOLDER if self.model == "bundled" else Path(self.model)
+        model = self.source.model
+        return BUNDLED_FOLDER if model == "bundled" else Path(model)
 
 
 def make_predictor(choice: ModelChoice) -> tuple[Checkpoint, KronosPredictor]:
@@ -82,18 +83,17 @@ class Forecasts:
     invalid: float
 
 
-def forecast_windows(predictor: Any, windows: Sequence[Window], setting: WalkForward, first: int = 0) -> Forecasts:
-    """Forecasts of some windows, which share the engine's steps. predictor: a KronosPredictor."""
-    policy = WindowPolicy.parse(setting.window)
-    requests = [Request(_series(window, setting), _sampling(window, setting), policy) for window in windows]
-    predictor.engine.run(requests)
+def forecast_windows(
+    predictor: KronosPredictor, windows: Sequence[Window], setting: WalkForward, first: int = 0
+) -> Forecasts:
+    """Forecasts of some windows, which share the engine's steps."""
+    requests = [(_series(window, setting), _sampling(window, setting)) for window in windows]
     closes, invalid = [], []
-    for request in requests:
-        if request.error is not None:
-            raise request.error
-        values = cast(np.ndarray, request.normalised) * cast(np.ndarray, request.scale) + cast(np.ndarray, request.mean)
-        closes.append(values[:, :, CLOSE].astype(np.float64))
-        invalid.append(invalid_candles(values).mean())
+    for outcome in predictor.forecast_many(requests, window=setting.window):
+        if isinstance(outcome, Exception):
+            raise outcome
+        closes.append(outcome.values[:, :, CLOSE])
+        invalid.append(invalid_share(outcome.values))
     return Forecasts(first, np.stack(closes), float(np.mean(invalid)))
 
 
@@ -115,24 +115,34 @@ def forecast_all(
     *,
     workers: int = 0,
     on_done: Callable[[int], None] = lambda done: None,
+    warn: Callable[[str], None] = logger.warning,
 ) -> Iterator[Forecasts]:
     """Forecasts of all windows, in their order. workers: Ray actors; 0 computes in this process, without Ray.
 
-    on_done: told how many windows have been forecast. Raises CheckpointError, InputError.
+    on_done: told how many windows have been forecast. warn: told what is not as it was asked for.
+    Raises CheckpointError, InputError.
     """
     share = max(1, min(ROWS_TOGETHER // setting.samples, WORK_TOGETHER // (setting.samples * setting.horizon)))
     shares = [(first, windows[first : first + share]) for first in range(0, len(windows), share)]
     done = 0
-    for result in _in_process(choice, shares, setting) if workers == 0 else _on_ray(choice, shares, setting, workers):
+    if workers == 0:
+        results = _in_process(choice, shares, setting, warn)
+    else:
+        results = _on_ray(choice, shares, setting, workers, warn)
+    for result in results:
         done += len(result.closes)
         on_done(done)
         yield result
 
 
 Share = tuple[int, Sequence[Window]]
+Warn = Callable[[str], None]
 
 
-def _in_process(choice: ModelChoice, shares: Sequence[Share], setting: WalkForward) -> Iterator[Forecasts]:
+def _in_process(choice: ModelChoice, shares: Sequence[Share], setting: WalkForward, warn: Warn) -> Iterator[Forecasts]:
+    _, warning = resolve_device(choice.device)
+    if warning is not None:
+        warn(warning)
     _, predictor = make_predictor(choice)
     for first, windows in shares:
         yield forecast_windows(predictor, windows, setting, first)
@@ -151,31 +161,48 @@ class Forecaster:
         return forecast_windows(self._predictor, windows, self._setting, first)
 
 
-def _on_ray(choice: ModelChoice, shares: Sequence[Share], setting: WalkForward, workers: int) -> Iterator[Forecasts]:
-    """One actor a worker; results in order, at most two shares an actor under way."""
-    workers = min(workers, len(shares))
+def _on_ray(
+    choice: ModelChoice, shares: Sequence[Share], setting: WalkForward, workers: int, warn: Warn
+) -> Iterator[Forecasts]:
+    """One actor a worker, or as many as fit; results in order, at most two shares an actor under way."""
     series = list({id(window.bars): window.bars for _, windows in shares for window in windows}.values())
     numbers = {id(bars): number for number, bars in enumerate(series)}
     with ray_session(os.environ.get("RAY_ADDRESS")):
-        options, choice = _placement(choice, workers)
+        place = place_actors(
+            ray.cluster_resources(),
+            device=choice.device,
+            actors=min(workers, len(shares)),
+            num_cpus=choice.threads,
+            num_gpus=1.0,
+        )
+        for warning in place.warnings:
+            warn(warning)
+        choice = replace(
+            choice,
+            model=whole_path(choice.model),
+            tokenizer=choice.tokenizer and whole_path(choice.tokenizer),
+            device=place.device,
+        )
         stored = ray.put(series)
         # What a lost actor had under way is asked of its successor: the seeds are in the windows.
         actors: list[Any] = [
             ray.remote(Forecaster)
-            .options(max_restarts=2, max_task_retries=2, **options)
+            .options(max_restarts=2, max_task_retries=2, num_cpus=place.num_cpus, num_gpus=place.num_gpus)
             .remote(choice, setting, stored)
-            for _ in range(workers)
+            for _ in range(place.actors)
         ]
-        waiting: list[Any] = []
-        for turn, (first, windows) in enumerate(shares):
-            if len(waiting) >= 2 * workers:
-                yield _result(waiting.pop(0))
-            places = [(numbers[id(window.bars)], window.cut) for window in windows]
-            waiting.append(actors[turn % workers].forecast.remote(first, places))
-        for reference in waiting:
-            yield _result(reference)
-        for actor in actors:
-            ray.kill(actor)
+        try:
+            waiting: list[Any] = []
+            for turn, (first, windows) in enumerate(shares):
+                if len(waiting) >= 2 * place.actors:
+                    yield _result(waiting.pop(0))
+                places = [(numbers[id(window.bars)], window.cut) for window in windows]
+                waiting.append(actors[turn % place.actors].forecast.remote(first, places))
+            for reference in waiting:
+                yield _result(reference)
+        finally:  # also for a caller who stops listening: the cluster may be one that goes on
+            for actor in actors:
+                ray.kill(actor)
 
 
 def _result(reference: Any) -> Forecasts:
@@ -184,26 +211,5 @@ def _result(reference: Any) -> Forecasts:
     except ray.exceptions.RayTaskError as error:
         # As in this process: the error of the computing itself, not Ray's wrapping of it.
         raise error.cause from None
-    except ray.exceptions.ActorDiedError as error:
+    except ray.exceptions.RayError as error:
         raise InputError(f"a worker could not be started or died too often: {error}", code="worker_lost") from None
-
-
-def _placement(choice: ModelChoice, workers: int) -> tuple[dict[str, float], ModelChoice]:
-    """Ray's resources for an actor. Raises InputError for CPUs that the cluster lacks: Ray would wait for ever."""
-    found = ray.cluster_resources()
-    cpus, gpus = found.get("CPU", 0.0), found.get("GPU", 0.0)
-    if workers * choice.threads > cpus:
-        raise InputError(
-            f"{workers} workers of {choice.threads} threads need {workers * choice.threads} CPUs and the cluster has "
-            f"{cpus:g}: ask for fewer --workers or --threads",
-            code="too_few_cpus",
-        )
-    if choice.device in ("auto", "cuda") and gpus >= workers:
-        return {"num_cpus": choice.threads, "num_gpus": 1}, choice
-    device = "cpu" if choice.device == "auto" else choice.device
-    return {"num_cpus": choice.threads}, ModelChoice(choice.model, choice.tokenizer, device, choice.threads)
-
-
-def device_warning(choice: ModelChoice) -> str | None:
-    """What asking for an absent device comes to."""
-    return resolve_device(choice.device)[1]

@@ -26,7 +26,7 @@ from cluster.config import TokenizerStage, TrainConfig, load_config
 from cluster.group import Group
 from cluster.lineage import code_drift, inputs_of
 from cluster.loop import STOP_FILE, ray_train_loop, run_stage
-from cluster.placement import Placement, place_here, place_workers
+from cluster.placement import WorkerPlacement, place_here, place_workers
 from cluster.ray_session import ray_session
 from cluster.run_folder import STAGES, copy_network, export, fingerprint, record, remember
 from model.device import resolve_device
@@ -166,7 +166,7 @@ def _train_stage(config: TrainConfig, stage: str, tokenizer: Path | None, signal
     return target
 
 
-def _place(config: TrainConfig) -> Placement:
+def _place(config: TrainConfig) -> WorkerPlacement:
     if config.training.num_workers == 0:
         return place_here(config.training)
     import ray
@@ -177,7 +177,9 @@ def _place(config: TrainConfig) -> Placement:
     return placement
 
 
-def _run_on_ray(config: TrainConfig, stage: str, settings: dict[str, Any], placement: Placement) -> dict[str, Any]:
+def _run_on_ray(
+    config: TrainConfig, stage: str, settings: dict[str, Any], placement: WorkerPlacement
+) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 

@@ -13,6 +13,8 @@ from cluster.bars import SymbolBars, read_bars
 from model.calibration import usual_bar_seconds
 from model.engine.types import WindowPolicy
 from model.errors import InputError
+from model.sampler import check_sampling
+from model.types import Sampling
 
 CLOSE = 3
 
@@ -43,6 +45,7 @@ class WalkForward:
                 raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}", code="bad_size")
         if self.begins is not None and self.ends is not None and self.begins >= self.ends:
             raise InputError(f"the period from {self.begins} to {self.ends} is empty: give --to after --from")
+        check_sampling(Sampling(self.temperature, self.top_k, self.top_p, self.samples, self.seed))
         WindowPolicy.parse(self.window)
 
     @property

@@ -47,6 +47,10 @@ def add_walk_forward_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def walk_forward_of(options: argparse.Namespace, **sampling: Any) -> WalkForward:
+    """Raises InputError for values that make no sense."""
+    for name, least in (("workers", 0), ("threads", 1)):
+        if getattr(options, name) < least:
+            raise InputError(f"--{name} must be at least {least}, not {getattr(options, name)}", code="bad_size")
     return WalkForward(
         begins=moment(options.begins, "--from"),
         ends=moment(options.ends, "--to"),

@@ -47,7 +47,17 @@ def test_any_number_of_workers_gives_the_same_numbers(choice, workers):
 
 def test_what_cannot_run_is_said_and_nothing_waits(choice):
     windows = pick_windows(simulate(5, 3, 130, bar_minutes=(60,)), SETTING).chosen
-    with pytest.raises(InputError, match=r"need \d+ CPUs and the cluster has"):
+    with pytest.raises(InputError, match=r"needs 64 CPU\(s\) and the cluster has 2 for it: .*--threads"):
         list(forecast_all(ModelChoice(choice.model, device="cpu", threads=64), windows, SETTING, workers=2))
     with pytest.raises((CheckpointNotFoundError, InputError)):
         list(forecast_all(ModelChoice("nowhere", device="cpu"), windows, SETTING, workers=1))
+
+
+def test_more_workers_than_fit_are_fewer_and_an_absent_gpu_is_said(choice):
+    windows = pick_windows(simulate(5, 3, 130, bar_minutes=(60,)), SETTING).chosen
+    said = []
+    asked = ModelChoice(choice.model, device="cuda")
+    parts = list(forecast_all(asked, windows, SETTING, workers=3, warn=said.append))
+    assert sum(len(part.closes) for part in parts) == len(windows)
+    assert any("'cuda' with 1 GPU(s)" in text for text in said)
+    assert any("3 actors were requested and 2 fit" in text for text in said)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.batch_place import place_actors
+from cluster.placement import place_actors
 from model.errors import InputError
 
 
@@ -43,3 +43,10 @@ def test_a_full_cluster_is_an_error():
         place({"CPU": 2.0}, actors=0)
     with pytest.raises(ValueError, match="unknown device"):
         place({"CPU": 2.0}, device="tpu")
+
+
+def test_an_absent_accelerator_is_a_warning_too(monkeypatch):
+    monkeypatch.setattr("model.device.mps_available", lambda: False)
+    placed = place({"CPU": 2.0}, device="mps")
+    assert placed.kind == "cpu"
+    assert "'mps' was requested" in placed.warnings[0]
