@@ -27,6 +27,8 @@ from cluster.data_config import DataConfig, Strict
 from cluster.redact import redact
 from model.errors import InputError
 
+STAGES = {"tokenizer": "tokenizer", "predictor": "model"}
+"""Stage → folder of its network below run.output, in the order they run."""
 SOURCE_KINDS = ("simulated", "file", "qlib")
 """Values of data.source.kind. pydantic puts them into the path of a fault, although the file has no such key."""
 
@@ -193,6 +195,12 @@ class PredictorStage(Stage):
         description="rotary of the s2 head: none, as forecasts are made; or as the published trainer has it",
     )
 
+    @model_validator(mode="after")
+    def _share_of_a_mixture(self) -> PredictorStage:
+        if self.s2_conditioning != "mixed" and self.mixed_share != 0.5:
+            raise ValueError(f"mixed_share is for s2_conditioning: mixed, not {self.s2_conditioning}: leave it out")
+        return self
+
 
 class RunConfig(Strict):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -260,9 +268,21 @@ class TrainConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _parents_stay(self) -> TrainConfig:
+        for name, folder in STAGES.items():
+            stage: Stage | None = getattr(self, name)
+            if stage is None or stage.init_from is None:
+                continue
+            if stage.init_from.resolve() == (self.run.output / folder).resolve():
+                raise ValueError(
+                    f"{name}.init_from lies in run.output, which would overwrite it: choose another run.output"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _a_window_for_every_worker(self) -> TrainConfig:
         workers = self.training.most_workers
-        for name in ("tokenizer", "predictor"):
+        for name in STAGES:
             for number, phase in enumerate(getattr(self, name).phases if getattr(self, name) else ()):
                 if phase.batch_size != "auto" and phase.batch_size < workers:
                     raise ValueError(

@@ -1,4 +1,4 @@
-"""A run in small before the run at large: same data, networks and code, two steps a stage, in this process."""
+"""A run in small before the run at large: same data, networks and code, two steps a phase, in this process."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cluster.bars import SymbolBars
-from cluster.config import TrainConfig, parse_config
+from cluster.config import STAGES, TrainConfig, parse_config
 from cluster.data import load_splits
-from cluster.run_folder import STAGES
+from cluster.loggers import logger_packages
 from cluster.train import train
 from model.checkpoint import WEIGHTS_FILE
 from model.errors import KronosError
@@ -31,13 +30,14 @@ HISTORY, HORIZON = 64, 4
 def dry_run(config: TrainConfig) -> Iterator[str]:
     """Yields a line for each thing that has worked; raises what the run would raise. Leaves no files."""
     since = time.monotonic()
+    logger_packages(config.logging)  # they are there; a trial is no run to show to a tracking server
     splits = load_splits(config.data)
     sizes = ", ".join(f"{name} {sum(len(bars) for bars in split.series):,} bars" for name, split in splits.items())
     yield f"data: {len(splits['train'].series)} symbols, {sizes}"
     with tempfile.TemporaryDirectory(prefix="kronos-dry-run-") as folder:
         small = _small(config, Path(folder))
         made = train(small, command="dry run")
-        yield f"trained {STEPS} steps of {', '.join(made)}, saved"
+        yield f"trained {STEPS} steps a phase of {', '.join(made)}, saved"
         digests = {stage: sha256_of(path / WEIGHTS_FILE) for stage, path in made.items()}
         again = train(small, command="dry run")
         if digests != {stage: sha256_of(path / WEIGHTS_FILE) for stage, path in again.items()}:
@@ -48,26 +48,23 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
 
 
 def _small(config: TrainConfig, folder: Path) -> TrainConfig:
-    """The phase with the most bars a step, which needs the most memory, and little validation; without Ray."""
+    """Two steps of every phase, since each has a window and a batch of its own, and little validation; without Ray."""
     raw = config.model_dump(mode="json")
     raw["run"] |= {"storage": str(folder / "runs"), "output": str(folder / "out")}
+    raw["logging"]["loggers"] = []
     if raw["training"]["num_workers"] != 0:  # the GPUs are the cluster's, and need not be this machine's
         raw["training"] |= {"num_workers": 0, "require_gpu": False}
     for stage in STAGES:
         if raw[stage] is None:
             continue
-        largest = max(raw[stage]["phases"], key=_bars_a_step)
+        phases = [phase | {"steps": STEPS} for phase in raw[stage]["phases"]]
         raw[stage] |= {
-            "phases": [largest | {"steps": STEPS}],
-            "validate_every": STEPS,
+            "phases": phases,
+            "validate_every": STEPS * len(phases),
             "validation_windows": VALIDATION_WINDOWS,
             "log_every": 1,
         }
     return parse_config(raw)
-
-
-def _bars_a_step(phase: dict[str, Any]) -> float:
-    return float("inf") if phase["batch_size"] == "auto" else phase["window"] * phase["batch_size"]
 
 
 def _use(config: TrainConfig, made: dict[str, Path], bars: SymbolBars) -> str:

@@ -64,11 +64,16 @@ def make_loggers(config: LoggingConfig, run_folder: Path, resolved_config: Mappi
     """
     run_folder.mkdir(parents=True, exist_ok=True)
     makers: dict[str, Callable[..., BackEnd]] = {"tensorboard": _TensorBoard, "mlflow": _MLflow, "wandb": _WandB}
-    packages = {name: _load(name) for name in config.loggers}  # all of them, before any of them starts a run
+    packages = logger_packages(config)  # all of them, before any of them starts a run
     settings = redact(resolved_config)
     back_ends: list[BackEnd] = [_JsonLines(run_folder / METRICS_FILE)]
     back_ends += [makers[name](package, config, run_folder, settings) for name, package in packages.items()]
     return RunLoggers(back_ends)
+
+
+def logger_packages(config: LoggingConfig) -> dict[str, ModuleType]:
+    """Name → module of every logger that is named. Raises InputError naming the pip extra of one that is absent."""
+    return {name: _load(name) for name in config.loggers}
 
 
 def _load(name: str) -> ModuleType:

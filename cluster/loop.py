@@ -81,7 +81,8 @@ def run_stage(settings: dict[str, Any], group: Group, report: Report) -> dict[st
 def _rows_at_once(worker: Worker) -> int:
     """Of the phase that the worker is in."""
     ends = accumulate(phase.steps for phase in worker.stage.phases)
-    size = next(size for size, end in zip(worker.batch_sizes, ends, strict=True) if worker.step < end)
+    sizes = (size for size, end in zip(worker.batch_sizes, ends, strict=True) if worker.step < end)
+    size = next(sizes, worker.batch_sizes[-1])  # the last validation comes after the last step
     mine = -(-int(size) // worker.group.size)
     return min(mine, worker.micro_batch_size) if isinstance(worker.micro_batch_size, int) else mine
 
@@ -152,5 +153,6 @@ def _outcome(worker: Worker) -> dict[str, Any]:
         "workers": worker.group.size,
         "device": str(worker.device),
         "precision": worker.precision.name,
+        "splits": worker.split_moments(),
         "warnings": [worker.precision.warning] if worker.precision.warning else [],
     }

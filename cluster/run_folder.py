@@ -12,7 +12,7 @@ import yaml
 
 from cluster.card import TRAINING_FILE
 from cluster.checkpoints import Saved
-from cluster.config import Stage, TrainConfig
+from cluster.config import STAGES, Stage, TrainConfig
 from cluster.files import write_atomically
 from cluster.lineage import parent_of
 from cluster.redact import redact
@@ -21,8 +21,6 @@ from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, resolve_folder
 from model.errors import InputError
 
 CONFIG_COPY = "config.yaml"
-STAGES = {"tokenizer": "tokenizer", "predictor": "model"}
-"""Stage → folder of its network below run.output, in the order they run."""
 
 # What may change between an interrupted run and its continuation without changing the numbers.
 _FREE = {
@@ -93,6 +91,9 @@ def copy_network(source: Path, folder: Path) -> None:
         shutil.copyfile(found / name, folder / name)
 
 
+_NOT_OF_A_STAGE = ("stopped", "refused", "warnings", "seconds", "splits")
+
+
 def record(
     config: TrainConfig,
     stage: str,
@@ -107,9 +108,9 @@ def record(
     """Adds what a stage did to training.json in run.output, which the model card and the export are written from."""
     path = config.run.output / TRAINING_FILE
     options: Stage = getattr(config, stage)
-    known = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else {}
-    known[stage] = {
-        **{key: value for key, value in outcome.items() if key not in ("stopped", "refused", "warnings", "seconds")},
+    stages = _stages_before(config, stage, path)
+    stages[stage] = {
+        **{key: value for key, value in outcome.items() if key not in _NOT_OF_A_STAGE},
         "minutes": round(outcome["seconds"] / 60, 1),
         "validation_loss": best.score,
         "metrics": best.metrics,
@@ -120,15 +121,33 @@ def record(
         "inputs": inputs,
         "warnings": warnings,
     } | ({"code_drift": drift} if drift is not None else {})
-    stages = {name: known[name] for name in STAGES if name in known}
     whole = {
         "command": command,
         "torch": torch.__version__,
         "device": outcome["device"],
         "warnings": sorted({warning for entry in stages.values() for warning in entry.get("warnings", [])}),
         "data_sha256": inputs["data"],
+        "splits": outcome["splits"],
         "tokenizer": None if config.tokenizer else {"folder": str(config.predictor and config.predictor.tokenizer)},
         "stages": stages,
         "config": config.model_dump(mode="json"),
     }
     write_atomically(path, json.dumps(redact(whole), indent=2) + "\n")
+
+
+def _stages_before(config: TrainConfig, stage: str, path: Path) -> dict[str, Any]:
+    """What training.json says of the tokenizer that a predictor in the same folder was trained with; else nothing.
+
+    Whatever else an earlier run has left there is not what lies beside these weights any more.
+    """
+    if stage == "tokenizer" or not path.is_file():
+        return {}
+    used = config.predictor.tokenizer if config.predictor is not None else None
+    if (
+        config.tokenizer is None
+        and used is not None
+        and used.resolve() != (path.parent / STAGES["tokenizer"]).resolve()
+    ):
+        return {}
+    known = json.loads(path.read_text(encoding="utf-8")).get("stages", {})
+    return {"tokenizer": known["tokenizer"]} if "tokenizer" in known else {}

@@ -69,6 +69,14 @@ class Worker:
                 self.task.network, device_ids=[device] if device.type == "cuda" else None
             )
 
+    def split_moments(self) -> dict[str, str]:
+        """When validation_from and test_from are, in ISO 8601, where the data is split by time."""
+        return {
+            f"{name}_from": str(split.begins.astype("datetime64[s]"))
+            for name, split in self._splits.items()
+            if split.begins is not None
+        }
+
     def windows(self, split: str, bars: int) -> WindowSet:
         return self._windows(self._splits[split], bars)
 

@@ -59,6 +59,14 @@ def raw_config(**changes):
         ({"tokenizer__network__d_model": 8, "tokenizer__init_from": "x"}, "brings its own network"),
         ({"tokenizer__init_from": "x", "tokenizer__method": "lora", "tokenizer__depth": 2}, "leave depth out"),
         ({"tokenizer__init_from": "x", "tokenizer__lora": {"targets": ["z"]}}, r"tokenizer\.lora\.targets\.0"),
+        (
+            {"tokenizer__init_from": "out/tokenizer"},
+            r"tokenizer\.init_from lies in run\.output, .* choose another",
+        ),
+        (
+            {"predictor__phases": [{"steps": 1, "window": 16, "batch_size": 2}], "predictor__mixed_share": 0.2},
+            "mixed_share is for s2_conditioning: mixed, not teacher",
+        ),
         ({"tokenizer__early_stopping": {}}, r"tokenizer\.early_stopping\.patience: Field required"),
         ({"run__seed": "many"}, r"run\.seed: .* valid integer"),
         ({"run__name": "../x"}, r"run\.name: .* pattern"),
@@ -129,7 +137,7 @@ def test_shipped_configurations_are_valid_and_hold_out_the_scored_series(path):
     ("device", "resources", "expected"),
     [
         ("auto", {"CPU": 4.0, "GPU": 2.0}, (True, "cuda", False)),
-        ("auto", {"CPU": 4.0, "GPU": 1.0}, (False, "cpu", False)),
+        ("auto", {"CPU": 4.0, "GPU": 1.0}, (False, "cpu", True)),
         ("auto", {"CPU": 4.0}, (False, "cpu", False)),
         ("cuda", {"CPU": 4.0, "GPU": 2.0}, (True, "cuda", False)),
         ("cuda:1", {"CPU": 4.0}, (False, "cpu", True)),
