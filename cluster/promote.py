@@ -116,7 +116,10 @@ def _not_held_out(report: dict[str, Any], training: dict[str, Any]) -> list[str]
     data = training.get("data") or {}
     held_out = data.get("test_from") or data.get("validation_from")
     if held_out is None:
-        return []
+        source = ((training.get("config") or {}).get("data") or {}).get("source") or {}
+        if source.get("kind") == "simulated":
+            return []
+        return ["its training.json does not say which bars were held out of training"]
     period = report.get("period") or {}
     begins = period.get("from") or period.get("first_origin")
     if begins is None:

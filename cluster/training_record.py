@@ -35,7 +35,7 @@ def training_period(bundle: Path) -> TrainingPeriod | None:
         source = record["config"]["data"]["source"]
         if source["kind"] == "simulated":
             return None
-        known: dict[str, Any] = record.get("data") or {}
+        known: dict[str, Any] = (record.get("splits") or {}) | (record.get("data") or {})
         if "validation_from" not in known:
             known = _splits(record["config"]["data"])
         moments = [known.get(key) for key in ("validation_from", "test_from")]
@@ -45,7 +45,7 @@ def training_period(bundle: Path) -> TrainingPeriod | None:
 
 
 def _splits(config: dict[str, Any]) -> dict[str, str | None]:
-    """The moments of a run that was not exported: as configured, or what its shares of the data come to."""
+    """The moments of a run that did not record them: as configured, or what its shares of the data come to."""
     try:
         return describe_splits(DataConfig.model_validate(config))
     except (InputError, OSError) as error:
