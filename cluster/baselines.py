@@ -107,6 +107,26 @@ def ets(close: np.ndarray, horizon: int) -> Normal:
     return Normal(np.asarray(predicted.predicted_mean), np.sqrt(np.asarray(predicted.forecast_variance)))
 
 
+def _fitted(name: str, forecaster: Callable[[np.ndarray, int], Normal]) -> Baseline:
+    """forecaster, whose package says in its own words, or by NaN, what it cannot fit: here it is an InputError."""
+
+    def forecast(close: np.ndarray, horizon: int) -> Normal:
+        try:
+            made = forecaster(close, horizon)
+            fault = "its variance is not finite and positive"
+            if np.isfinite(made.centre).all() and np.isfinite(made.std).all() and (made.std > 0).all():
+                return made
+        except (ValueError, ArithmeticError) as error:  # numpy's LinAlgError is a ValueError
+            fault = str(error)
+        raise InputError(
+            f"baseline {name!r} cannot be fitted to {len(close)} bars ({fault}): give more --history, or leave it "
+            "out of --extras",
+            code="no_fit",
+        )
+
+    return forecast
+
+
 def baselines(season: int, extras: Sequence[str] = ()) -> dict[str, Baseline]:
     """Name → forecaster, in the order of reports. Raises InputError for an extra that is unknown or not installed."""
     found: dict[str, Baseline] = {
@@ -127,5 +147,5 @@ def baselines(season: int, extras: Sequence[str] = ()) -> dict[str, Baseline]:
             raise InputError(
                 f"baseline {name!r} needs {package}: pip install 'kronos-ray-serve[baselines]'", code="missing_extra"
             ) from error
-        found[name] = {"garch": garch, "ets": ets}[name]
+        found[name] = _fitted(name, {"garch": garch, "ets": ets}[name])
     return found

@@ -8,6 +8,7 @@ from typing import Any
 
 from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from model.errors import InputError
+from model.registry import BUNDLED, BUNDLED_FOLDER
 from model.types import COLUMNS
 
 TRAINING_FILE = "training.json"
@@ -22,20 +23,32 @@ def write_card(path: Path, bundle: Path, numbers: dict[str, Any]) -> None:
     if not record.is_file():
         raise InputError(f"{bundle} holds no {TRAINING_FILE}: train it with cluster.train", code="no_such_file")
     training = json.loads(record.read_text(encoding="utf-8"))
-    sections = [_head(bundle), _how_made(training), _measured(numbers), _limits(training, numbers)]
+    sections = [_head(bundle, training), _how_made(training), _measured(numbers), _limits(training, numbers)]
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
-def _head(bundle: Path) -> str:
+def _head(bundle: Path, training: dict[str, Any]) -> str:
     size = sum((bundle / part / WEIGHTS_FILE).stat().st_size for part in ("tokenizer", "model"))
     shapes = {
         part: json.loads((bundle / part / CONFIG_FILE).read_text(encoding="utf-8")) for part in ("tokenizer", "model")
     }
     model, tokenizer = shapes["model"], shapes["tokenizer"]
-    return f"""# kronos-bundled
+    simulated = training["config"]["data"]["source"]["kind"] == "simulated"
+    parents = sorted({stage["parent"]["folder"] for stage in training["stages"].values() if stage.get("parent")})
+    told = "Trained on bars of a market." if not simulated else "Trained on simulated candles."
+    licence = ""
+    if parents:
+        told += f" Finetuned from {', '.join(parents)}, whose licence goes on to hold."
+    elif simulated:
+        told = (
+            "An offline default that shows the system working. **Not a trading model**: it was trained for minutes on "
+            "simulated\ncandles and has never seen a market."
+        )
+        licence = "\n| licence | MIT, as the project; no outside data or weights went in |"
+    name = BUNDLED.id if bundle.resolve() == BUNDLED_FOLDER.resolve() else bundle.resolve().name
+    return f"""# {name}
 
-An offline default that shows the system working. **Not a trading model**: it was trained for minutes on simulated
-candles and has never seen a market. The tables below say how it compares with the last price.
+{told} The tables below say how it compares with the last price.
 
 | | |
 |---|---|
@@ -43,21 +56,11 @@ candles and has never seen a market. The tables below say how it compares with t
 | tokenizer | {tokenizer["n_enc_layers"] - 1} + {tokenizer["n_dec_layers"] - 1} blocks, width {tokenizer["d_model"]} |
 | code | {model["s1_bits"]} + {model["s2_bits"]} bits |
 | context | 512 bars |
-| size | {size / 1e6:.2f} MB of float32 weights, both networks |
-| licence | MIT, as the project; no outside data or weights went in |"""
+| size | {size / 1e6:.2f} MB of float32 weights, both networks |{licence}"""
 
 
 def _how_made(training: dict[str, Any]) -> str:
     source = training["config"]["data"]["source"]
-    data = (
-        f"{source['series']} series of {source['bars']} bars from `cluster.simulate`, seed {source['seed']}: "
-        "stochastic volatility, GARCH, jumps, mean reversion and drift; bars of "
-        f"{', '.join(str(m) for m in source['bar_minutes'])} minutes; sessions with and without a lunch break, "
-        f"weekdays and around the clock. Validation: {source['validation_series']} series of seed "
-        f"{source['validation_seed']}."
-        if source["kind"] == "simulated"
-        else f"`{Path(source['path']).name}`, validation from {source['validation_from']}."
-    )
     rows = "\n".join(
         f"| {name} | {stage['weights']:,} | {stage['steps']:,} | {stage['bars'] / 1e6:.1f} M | "
         f"{stage['minutes']:.1f} | {stage['validation_loss']:.4f} |"
@@ -69,12 +72,32 @@ def _how_made(training: dict[str, Any]) -> str:
 {training["command"]}
 ```
 
-Data: {data} Seed of the run: {training["config"]["run"]["seed"]}.
+Data: {_data(source)} Seed of the run: {training["config"]["run"]["seed"]}.
 {training["config"]["training"]["num_workers"]} worker(s) on {training["device"]}, torch {training["torch"]}.
 {_warnings(training)}
 | stage | weights | steps | bars read | minutes (wall) | validation loss |
 |---|---|---|---|---|---|
 {rows}"""
+
+
+def _data(source: dict[str, Any]) -> str:
+    """Of which bars it was made, in words. source: data.source of the configuration."""
+    if source["kind"] == "simulated":
+        return (
+            f"{source['series']} series of {source['bars']} bars from `cluster.simulate`, seed {source['seed']}: "
+            "stochastic volatility, GARCH, jumps, mean reversion and drift; bars of "
+            f"{', '.join(str(m) for m in source['bar_minutes'])} minutes; sessions with and without a lunch break, "
+            f"weekdays and around the clock. Validation: {source['validation_series']} series of seed "
+            f"{source['validation_seed']}."
+        )
+    paths = [source["path"]] if isinstance(source["path"], str) else source["path"]
+    names = ", ".join(f"`{Path(path).name}`" for path in paths[:5]) + (" and others" if len(paths) > 5 else "")
+    if source.get("validation_from") is not None:
+        parts = [("validation from", source["validation_from"]), ("test from", source.get("test_from"))]
+    else:
+        shares = {name: source.get(f"{name}_share") for name in ("validation", "test")}
+        parts = [(f"{share:.0%} of the bar times for", name) for name, share in shares.items() if share]
+    return names + "".join(f", {what} {which}" for what, which in parts if which) + "."
 
 
 def _warnings(training: dict[str, Any]) -> str:
@@ -127,7 +150,7 @@ The same error of the close in units of a typical one-bar move, by length of his
 
 
 def _limits(training: dict[str, Any], numbers: dict[str, Any]) -> str:
-    stages = [training["config"][name] for name in training["stages"]]
+    stages = [stage for name in training["stages"] if (stage := training["config"].get(name)) is not None]
     longest = max(phase["window"] for stage in stages for phase in stage["phases"])
     faults = []
     for scores in numbers["sets"]:
@@ -149,4 +172,4 @@ def _limits(training: dict[str, Any], numbers: dict[str, Any]) -> str:
   the last {longest} bars at most.
 - High and low are sampled like the other columns, so that a candle can be invalid; the share is above.
 
-Measure it again: `python -m cluster.evaluate --bundle model/bundled --candles FILE --card model/bundled/README.md`"""
+Measure it again: `python -m cluster.evaluate --bundle FOLDER --candles FILE --card FOLDER/README.md`"""

@@ -46,6 +46,11 @@ class Setting:
     samples: int = 20
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name, least in (("windows", 1), ("history", 2), ("horizon", 1), ("samples", 2)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}", code="bad_size")
+
 
 @dataclass(frozen=True)
 class HorizonScore:
