@@ -187,8 +187,8 @@ def _long_symbols(file: Path, names: Layout) -> list[str]:
 
 
 def symbol_texts(values: pa.Array) -> list[str]:
-    """Symbols as text; a missing one is "", whose rows become one error row."""
-    return ["" if value is None else str(value) for value in values.to_pylist()]
+    """Symbols as text, as a filter on them reads it; a missing one is "", whose rows become one error row."""
+    return values.cast(pa.string()).fill_null("").to_pylist()
 
 
 def dataset(file: Path | str, names: Layout, number: pa.DataType | None) -> pyarrow.dataset.Dataset:

@@ -166,7 +166,10 @@ def _numbers(column: pd.Series) -> pd.Series:
     """Text as numbers where it is one."""
     if pd.api.types.is_numeric_dtype(column.dtype):
         return column
-    numbers = pd.to_numeric(column, errors="coerce")
+    try:
+        numbers = pd.to_numeric(column, errors="coerce")
+    except TypeError:  # pandas coerces texts only: a column of lists, structures, bytes
+        numbers = pd.Series(np.nan, index=column.index)
     bad = np.flatnonzero((numbers.isna() & column.notna()).to_numpy())
     if len(bad):
         raise InputError(

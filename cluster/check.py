@@ -194,6 +194,10 @@ def _options(given: argparse.Namespace) -> CheckOptions:
     """Raises InputError for values that make no sense."""
     names = ("validation_from", "test_from", "validation_share", "test_share")
     moments = {name: value for name in names if (value := getattr(given, name)) is not None}
+    if given.window is None and (moments or given.filter or given.stride != 1):
+        raise InputError("splits, --stride and --filter say which windows are counted: give their size with --window")
+    if not moments and given.embargo_bars:
+        raise InputError("--embargo-bars is about split boundaries: give --validation-from or --validation-share")
     try:
         split = TimeSplit(**moments, embargo_bars=given.embargo_bars) if moments else None
     except ValidationError as error:

@@ -79,6 +79,19 @@ def test_scan_keeps_leading_zeros_and_a_broken_file_costs_itself(tmp_path):
     assert sources["broken.parquet"].symbols == ("broken",)
 
 
+@pytest.mark.parametrize("values", [[True, False], [1.0, 2.5], [b"A", b"B"], pd.Categorical(["A", "B"])])
+def test_symbols_of_any_type_are_found_again_by_their_text(tmp_path, values):
+    """The scan names them, a filter finds them: both must read a value as the same text."""
+    symbols = pd.Series(values).repeat(20).reset_index(drop=True)
+    table = pd.concat([candles(20), candles(20)], ignore_index=True)
+    table.assign(symbol=symbols).to_parquet(tmp_path / "long.parquet")
+    sources = scan(find_files([str(tmp_path)]), NAMES)
+    [unit] = plan_units(sources, None, (), 2)
+    found = load_unit(unit, NAMES, HistoryRules(horizon=2))
+    assert len(found) == 2
+    assert not [history for history in found.values() if isinstance(history, InputError)]
+
+
 def test_nothing_readable_is_an_error(tmp_path):
     candles(3).rename(columns={"timestamps": "when"}).to_csv(tmp_path / "a.csv", index=False)
     with pytest.raises(InputError, match="--time-column"):
