@@ -2,7 +2,7 @@
 
     python -m cluster.backtest --signals signals.csv --prices 'bars/*.csv' --top-k 10 --drop-n 2 --cost-bps 10 --out DIR
 
-Writes backtest.json, backtest.html, equity.csv and trades.csv. The rules are at the head of cluster.ledger.
+Writes backtest.json, backtest.html, equity.csv and trades.csv. The rules are at the head of cluster.evaluation.ledger.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cluster.bars import SymbolBars, bars_from_frame, find_files, read_frame
-from cluster.charts import line_chart
-from cluster.ledger import Ledger, Prices, Rules, SymbolPrices, run_ledger
+from cluster.candles.bars import SymbolBars, bars_from_frame, find_files, read_frame
+from cluster.evaluation.charts import line_chart
+from cluster.evaluation.ledger import Ledger, Prices, Rules, SymbolPrices, run_ledger
 from model.errors import InputError, KronosError
 from model.frames import time_index
 
@@ -72,7 +72,7 @@ def _shown(value: float | None) -> str:
 def read_prices(
     paths: Sequence[str | Path], *, time_column: str = "timestamps", symbol_column: str = "symbol"
 ) -> list[SymbolPrices]:
-    """open and close of every symbol, in float64. Raises InputError as cluster.bars does."""
+    """open and close of every symbol, in float64. Raises InputError as cluster.candles.bars does."""
     found: dict[str, SymbolPrices] = {}
     for file in find_files(paths):
         frame = read_frame(file)
@@ -277,7 +277,7 @@ def _trades(prices: Prices, ledger: Ledger) -> pd.DataFrame:
 
 
 def write(found: Backtest, folder: Path) -> None:
-    from cluster.report import page  # the report embeds backtests, and this page is made like it
+    from cluster.evaluation.report import page  # the report embeds backtests, and this page is made like it
 
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found.summary, indent=2, allow_nan=False)

@@ -23,11 +23,11 @@ import ray.data
 import ray.exceptions
 from ray.data.exceptions import UserCodeException
 
-from cluster.batch_config import BatchConfig, check, parse_arguments
-from cluster.batch_files import Source, find_files, scan
-from cluster.batch_forecaster import Forecaster, Work, unit_rows
-from cluster.batch_plan import Spread, Unit, plan_spread, plan_units, remove_spread, spread_file
-from cluster.batch_store import SPREAD_FOLDER, Store
+from cluster.batching.config import BatchConfig, check, parse_arguments
+from cluster.batching.files import Source, find_files, scan
+from cluster.batching.forecaster import Forecaster, Work, unit_rows
+from cluster.batching.plan import Spread, Unit, plan_spread, plan_units, remove_spread, spread_file
+from cluster.batching.store import SPREAD_FOLDER, Store
 from cluster.placement import ActorPlacement, place_actors
 from cluster.ray_session import ray_session
 from model.errors import InputError, KronosError

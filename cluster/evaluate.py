@@ -2,7 +2,7 @@
 
     python -m cluster.evaluate --model BUNDLE --data 'bars/*.parquet' --from 2024-07-01 --to 2024-10-01 --out DIR
 
-With --card, --candles or --scores instead of --data it measures a bundle for its model card (cluster.card_scores).
+With --card, --candles or --scores instead of --data it measures a bundle for its model card (evaluation.card_scores).
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cluster import backtest, card_scores, report
-from cluster.bars import SymbolBars
-from cluster.baselines import EXTRAS, Baseline, baselines
-from cluster.forecasting import ModelChoice, forecast_all
-from cluster.leakage import alarms, future_in_inputs, shuffled_labels
-from cluster.metrics import Scored, Table, Truth, overall_verdict
+from cluster import backtest
+from cluster.bundles.training_record import overlap_warning
+from cluster.candles.bars import SymbolBars
+from cluster.evaluation import card_scores, report
+from cluster.evaluation.baselines import EXTRAS, Baseline, baselines
+from cluster.evaluation.forecasting import ModelChoice, forecast_all
+from cluster.evaluation.leakage import alarms, future_in_inputs, shuffled_labels
+from cluster.evaluation.metrics import Scored, Table, Truth, overall_verdict
+from cluster.evaluation.scores import Draws
+from cluster.evaluation.walk_forward import WalkForward, Window, Windows, pick_windows, read_series
+from cluster.evaluation.walk_forward_options import add_walk_forward_arguments, print_progress, walk_forward_of
 from cluster.ray_session import ray_session
-from cluster.scores import Draws
-from cluster.training_record import overlap_warning
-from cluster.walk_forward import WalkForward, Window, Windows, pick_windows, read_series
-from cluster.walk_forward_options import add_walk_forward_arguments, print_progress, walk_forward_of
 from model.calibration import Calibration, load_calibration, usual_bar_seconds
 from model.errors import InputError, KronosError
 from model.registry import load_checkpoint
@@ -73,7 +74,7 @@ def evaluate(
 ) -> Evaluation:
     """Forecasts every window and scores it beside the baselines (and the parent, with the same seeds).
 
-    season: bars of the seasonal naive forecast; None: each symbol's usual day. extras: of cluster.baselines.EXTRAS.
+    season: bars of the seasonal naive forecast; None: each symbol's usual day. extras: of evaluation.baselines.EXTRAS.
     on_progress: (what, done, total). Raises InputError for data and settings, CheckpointError for weights.
     """
     if season is not None and season < 1:

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cluster.bundle import (
+from cluster.bundles.bundle import (
     CARD_FILE,
     REPORT_FILE,
     check_name,
@@ -30,12 +30,12 @@ from cluster.bundle import (
     write_json,
     write_manifest,
 )
-from cluster.bundle_card import bundle_card
-from cluster.card import TRAINING_FILE
+from cluster.bundles.bundle_card import bundle_card
+from cluster.bundles.training_record import TRAINING_FILE
+from cluster.candles.data_config import DataConfig
+from cluster.candles.sources import describe_source
 from cluster.data import describe_splits
-from cluster.data_config import DataConfig
 from cluster.redact import redact
-from cluster.sources import describe_source
 from model.calibration import CALIBRATION_FILE
 from model.checkpoint import resolve_folder
 from model.errors import CheckpointError, InputError, KronosError

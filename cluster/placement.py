@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cluster.config import TrainingConfig
 from cluster.plan import gpu_slots
+from cluster.training.config import TrainingConfig
 from model.device import resolve_device
 from model.errors import InputError
 

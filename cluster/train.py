@@ -21,14 +21,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-from cluster.checkpoints import Checkpoints
-from cluster.config import STAGES, TokenizerStage, TrainConfig, load_config
-from cluster.group import Group
-from cluster.lineage import code_drift, inputs_of
-from cluster.loop import STOP_FILE, ray_train_loop, run_stage
 from cluster.placement import WorkerPlacement, place_here, place_workers
 from cluster.ray_session import ray_session
-from cluster.run_folder import copy_network, export, fingerprint, record, remember
+from cluster.training.checkpoints import Checkpoints
+from cluster.training.config import STAGES, TokenizerStage, TrainConfig, load_config
+from cluster.training.group import Group
+from cluster.training.lineage import code_drift, inputs_of
+from cluster.training.loop import STOP_FILE, ray_train_loop, run_stage
+from cluster.training.run_folder import copy_network, export, fingerprint, record, remember
 from model.device import resolve_device
 from model.errors import KronosError
 
@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="Exit status: 0 done, 2 a mistake in configuration or data, or workers that kept failing, "
         "130 interrupted, 143 stopped by SIGTERM with a checkpoint.",
     )
-    parser.add_argument("--config", required=True, type=Path, help="YAML file; cluster/config.py lists every key")
+    parser.add_argument("--config", required=True, type=Path, help="YAML file; training/config.py lists all its keys")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
-            from cluster.dry_run import dry_run
+            from cluster.training.dry_run import dry_run
 
             for line in dry_run(config):
                 print(line, flush=True)

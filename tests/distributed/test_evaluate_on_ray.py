@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.forecasting import ModelChoice, forecast_all
-from cluster.simulate import simulate
-from cluster.walk_forward import WalkForward, pick_windows
+from cluster.candles.simulate import simulate
+from cluster.evaluation.forecasting import ModelChoice, forecast_all
+from cluster.evaluation.walk_forward import WalkForward, pick_windows
 from model.errors import CheckpointNotFoundError, InputError
 
 
@@ -56,4 +56,3 @@ def test_what_cannot_run_is_said_and_nothing_waits(choice):
         list(forecast_all(ModelChoice(choice.model, device="cpu", threads=64), windows, SETTING, workers=2))
     with pytest.raises((CheckpointNotFoundError, InputError)):
         list(forecast_all(ModelChoice("nowhere", device="cpu"), windows, SETTING, workers=1))
-

@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cluster.bars import bars_from_frame
-from cluster.card_scores import round_trip
-from cluster.config import parse_config
+from cluster.candles.bars import bars_from_frame
 from cluster.evaluate import evaluate
-from cluster.forecasting import ModelChoice, make_predictor
+from cluster.evaluation.card_scores import round_trip
+from cluster.evaluation.forecasting import ModelChoice, make_predictor
+from cluster.evaluation.walk_forward import WalkForward
 from cluster.train import train
-from cluster.walk_forward import WalkForward
+from cluster.training.config import parse_config
 
 HISTORY, HORIZON, SYMBOLS, BARS = 64, 8, 8, 3000
 TIMES = pd.date_range("2024-07-01", periods=BARS, freq="h")

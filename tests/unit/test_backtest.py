@@ -9,7 +9,7 @@ import pytest
 
 from cluster import backtest
 from cluster.backtest import run
-from cluster.ledger import Prices, Rules, SymbolPrices, run_ledger
+from cluster.evaluation.ledger import Prices, Rules, SymbolPrices, run_ledger
 from model.errors import InputError
 
 DAYS = pd.date_range("2024-07-01", periods=5, freq="D")

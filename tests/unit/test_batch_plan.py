@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cluster.batch_files import Layout, Source, find_files, layout_of, scan, wide_symbols
-from cluster.batch_plan import Unit, partition, plan_spread, plan_units, spread_file
-from cluster.batch_symbols import HistoryRules, load_unit
+from cluster.batching.files import Layout, Source, find_files, layout_of, scan, wide_symbols
+from cluster.batching.plan import Unit, partition, plan_spread, plan_units, spread_file
+from cluster.batching.symbols import HistoryRules, load_unit
 from model.errors import InputError
 
 NAMES = Layout()

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cluster.batch_files import Layout
-from cluster.batch_plan import Unit
-from cluster.batch_symbols import HistoryRules, future_index, load_unit, symbol_history
+from cluster.batching.files import Layout
+from cluster.batching.plan import Unit
+from cluster.batching.symbols import HistoryRules, future_index, load_unit, symbol_history
 from model.errors import InputError
 
 NAMES = Layout()

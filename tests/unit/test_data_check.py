@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cluster.bars import read_bars
-from cluster.check import check
-from cluster.check_series import CheckOptions
+from cluster.candles.bars import read_bars
+from cluster.candles.check import check
+from cluster.candles.check_series import CheckOptions
 from cluster.data import main
 from model.errors import InputError
 

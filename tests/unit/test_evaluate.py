@@ -10,12 +10,12 @@ import pytest
 
 from cluster import calibration
 from cluster import evaluate as command
-from cluster.bars import SymbolBars, bars_from_frame, frame_from_bars
+from cluster.candles.bars import SymbolBars, bars_from_frame, frame_from_bars
 from cluster.evaluate import evaluate
-from cluster.forecasting import ModelChoice
-from cluster.leakage import alarms, future_in_inputs, shuffled_labels
-from cluster.metrics import Table
-from cluster.walk_forward import WalkForward, pick_windows, read_series
+from cluster.evaluation.forecasting import ModelChoice
+from cluster.evaluation.leakage import alarms, future_in_inputs, shuffled_labels
+from cluster.evaluation.metrics import Table
+from cluster.evaluation.walk_forward import WalkForward, pick_windows, read_series
 from model.calibration import CALIBRATION_FILE, Calibration, load_calibration
 from model.errors import InputError
 from model.registry import CheckpointSource, load_checkpoint

@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from cluster import bundle as bundle_module
 from cluster import export as export_module
 from cluster import promote as promote_module
-from cluster.bundle import pair_sha256, verify_bundle
+from cluster.bundles import bundle as bundle_module
+from cluster.bundles.bundle import pair_sha256, verify_bundle
 from cluster.export import export
 from cluster.promote import promote
 from model.errors import CheckpointMismatchError, InputError

@@ -14,12 +14,12 @@ import yaml
 from safetensors.torch import load_file
 
 from cluster import train as train_module
-from cluster.bars import frame_from_bars
-from cluster.checkpoints import MANIFEST_FILE
-from cluster.config import parse_config
-from cluster.simulate import simulate
+from cluster.candles.bars import frame_from_bars
+from cluster.candles.simulate import simulate
 from cluster.train import main, train
-from cluster.worker import Worker
+from cluster.training.checkpoints import MANIFEST_FILE
+from cluster.training.config import parse_config
+from cluster.training.worker import Worker
 from model.kronos import Kronos
 from model.tokenizer import KronosTokenizer
 from tests.tiny_training import save_predictor, save_tokenizer, tiny_config

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from cluster import card_scores, evaluate
-from cluster.baselines import baselines, random_walk
-from cluster.card import write_card
-from cluster.scores import (
+from cluster import evaluate
+from cluster.candles.simulate import simulate
+from cluster.evaluation import card_scores
+from cluster.evaluation.baselines import baselines, random_walk
+from cluster.evaluation.card import write_card
+from cluster.evaluation.scores import (
     Normal,
     covered,
     crps_of_normal,
@@ -22,7 +24,6 @@ from cluster.scores import (
     invalid_share,
     paired_ratio,
 )
-from cluster.simulate import simulate
 from model.errors import InputError
 from model.types import Paths, Window
 
@@ -290,6 +291,6 @@ def test_extra_baselines_forecast_a_random_walk(name):
 )
 def test_a_baseline_that_cannot_be_fitted_says_so_before_the_model_forecasts(monkeypatch, made):
     monkeypatch.setitem(sys.modules, "arch", types.ModuleType("arch"))
-    monkeypatch.setattr("cluster.baselines.garch", lambda close, horizon: made())
+    monkeypatch.setattr("cluster.evaluation.baselines.garch", lambda close, horizon: made())
     with pytest.raises(InputError, match=r"baseline 'garch' cannot be fitted to 30 bars .* leave it out of --extras"):
         baselines(5, ["garch"])["garch"](np.arange(1.0, 31.0), 2)

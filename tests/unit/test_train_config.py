@@ -9,9 +9,10 @@ import torch
 import yaml
 from torch import nn
 
-from cluster import placement, run_folder, train
-from cluster.config import Optimisation, TrainingConfig, load_config, parse_config
-from cluster.stages import learning_rate, make_optimizer, weighted_tokenizer_loss
+from cluster import placement, train
+from cluster.training import run_folder
+from cluster.training.config import Optimisation, TrainingConfig, load_config, parse_config
+from cluster.training.stages import learning_rate, make_optimizer, weighted_tokenizer_loss
 from model.errors import InputError
 from model.kronos import Kronos
 from model.losses import tokenizer_loss
@@ -127,7 +128,7 @@ def test_the_command_reports_faults_without_a_traceback(tmp_path, capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "cluster/configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configurations_are_valid_and_hold_out_the_scored_series(path):
-    from cluster.card_scores import HELD_OUT_SEED
+    from cluster.evaluation.card_scores import HELD_OUT_SEED
 
     source = load_config(path).data.source
     assert source.kind != "simulated" or HELD_OUT_SEED not in (source.seed, source.validation_seed)
