@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cluster.scores import crps_of_samples
+from cluster.evaluation.scores import crps_of_samples
 from model import KronosPredictor
 from model.frames import normalise, series_from_frame
 from model.registry import BUNDLED, load_checkpoint

@@ -29,10 +29,10 @@ import torch
 from benchmarks.records import table, write
 from benchmarks.shapes import CONTEXT, random_frame, save_pair
 from cluster.batch import run_batch
-from cluster.batch_config import BatchConfig
-from cluster.batch_files import Layout
-from cluster.batch_forecaster import CPU_ROWS, Work, cache_bytes, symbol_seed
-from cluster.batch_symbols import HistoryRules, symbol_history
+from cluster.batching.config import BatchConfig
+from cluster.batching.files import Layout
+from cluster.batching.forecaster import CPU_ROWS, Work, cache_bytes, symbol_seed
+from cluster.batching.symbols import HistoryRules, symbol_history
 from model.predictor import KronosPredictor
 from model.registry import CheckpointSource, load_checkpoint
 from model.types import Sampling

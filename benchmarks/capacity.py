@@ -62,6 +62,8 @@ def section(row: dict[str, Any], cores: int) -> list[str]:
 
 
 def duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
     if hours < 1:
         return f"{hours * 60:.0f} min"
     return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:.1f} days"

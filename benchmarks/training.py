@@ -37,10 +37,10 @@ from torch import nn
 from benchmarks.records import table, write
 from benchmarks.service import free_port
 from benchmarks.shapes import BITS, MODELS, TOKENIZER
-from cluster.config import Optimisation, Phase, PredictorStage
+from cluster.candles.simulate import simulate
 from cluster.data import SplitBars, WindowSet, WindowStream
-from cluster.simulate import simulate
-from cluster.stages import make_optimizer, make_task
+from cluster.training.config import Optimisation, Phase, PredictorStage
+from cluster.training.stages import make_optimizer, make_task
 from model.device import precision_obstacle
 from model.kronos import Kronos
 from model.tokenizer import KronosTokenizer

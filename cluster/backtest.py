@@ -2,7 +2,7 @@
 
     python -m cluster.backtest --signals signals.csv --prices 'bars/*.csv' --top-k 10 --drop-n 2 --cost-bps 10 --out DIR
 
-Writes backtest.json, backtest.html, equity.csv and trades.csv. The rules are at the head of cluster.ledger.
+Writes backtest.json, backtest.html, equity.csv and trades.csv. The rules are at the head of cluster.evaluation.ledger.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cluster.bars import SymbolBars, bars_from_frame, find_files, read_frame
-from cluster.charts import line_chart
-from cluster.ledger import Ledger, Prices, Rules, SymbolPrices, run_ledger
+from cluster.candles.bars import SymbolBars, bars_from_frame, find_files, read_frame
+from cluster.evaluation.charts import line_chart
+from cluster.evaluation.ledger import Ledger, Prices, Rules, SymbolPrices, run_ledger
 from model.errors import InputError, KronosError
 from model.frames import time_index
 
@@ -72,7 +72,7 @@ def _shown(value: float | None) -> str:
 def read_prices(
     paths: Sequence[str | Path], *, time_column: str = "timestamps", symbol_column: str = "symbol"
 ) -> list[SymbolPrices]:
-    """open and close of every symbol, in float64. Raises InputError as cluster.bars does."""
+    """open and close of every symbol, in float64. Raises InputError as cluster.candles.bars does."""
     found: dict[str, SymbolPrices] = {}
     for file in find_files(paths):
         frame = read_frame(file)
@@ -157,6 +157,8 @@ def run(
     benchmark: a symbol of series, which is then not traded; (name, levels by time); None: the equal-weight universe,
     rebalanced at every bar. bars_per_year: None takes those of the calendar. Raises InputError.
     """
+    if bars_per_year is not None and not bars_per_year > 0:
+        raise InputError(f"bars_per_year must be positive, not {bars_per_year:g}", code="bad_size")
     warnings: list[str] = []
     levels = None
     if isinstance(benchmark, str):
@@ -275,7 +277,7 @@ def _trades(prices: Prices, ledger: Ledger) -> pd.DataFrame:
 
 
 def write(found: Backtest, folder: Path) -> None:
-    from cluster.report import page  # the report embeds backtests, and this page is made like it
+    from cluster.evaluation.report import page  # the report embeds backtests, and this page is made like it
 
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found.summary, indent=2, allow_nan=False)
@@ -297,6 +299,14 @@ def add_rule_arguments(parser: Any) -> None:
     parser.add_argument("--close-cost-bps", type=float, help="cost of closing a position; default: --cost-bps")
     parser.add_argument("--min-cost", type=float, default=0.0, help="least cost of a trade, in money")
     parser.add_argument("--capital", type=float, default=1.0, help="money at the start")
+
+
+def rules_given(options: argparse.Namespace) -> bool:
+    """Whether any option of add_rule_arguments but --top-k was given."""
+    parser = argparse.ArgumentParser()
+    add_rule_arguments(parser)
+    defaults = vars(parser.parse_args([]))
+    return any(getattr(options, name) != value for name, value in defaults.items() if name != "top_k")
 
 
 def rules_of(options: argparse.Namespace) -> Rules:
@@ -338,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bars_per_year=options.bars_per_year,
         )
         write(found, options.out)
-    except (KronosError, ValueError) as error:
+    except (KronosError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for warning in found.summary["warnings"]:

@@ -23,15 +23,15 @@ import ray.data
 import ray.exceptions
 from ray.data.exceptions import UserCodeException
 
-from cluster.batch_config import BatchConfig, check, parse_arguments
-from cluster.batch_files import Source, find_files, scan
-from cluster.batch_forecaster import Forecaster, Work, unit_rows
-from cluster.batch_place import Placement, place_actors
-from cluster.batch_plan import Spread, Unit, plan_spread, plan_units, remove_spread, spread_file
-from cluster.batch_store import SPREAD_FOLDER, Store
+from cluster.batching.config import BatchConfig, check, parse_arguments
+from cluster.batching.files import Source, find_files, scan
+from cluster.batching.forecaster import Forecaster, Work, unit_rows
+from cluster.batching.plan import Spread, Unit, plan_spread, plan_units, remove_spread, spread_file
+from cluster.batching.store import SPREAD_FOLDER, Store
+from cluster.placement import ActorPlacement, place_actors
 from cluster.ray_session import ray_session
 from model.errors import InputError, KronosError
-from model.registry import Checkpoint, CheckpointSource, load_checkpoint
+from model.registry import Checkpoint, load_checkpoint
 
 ROWS_AHEAD = {"cpu": 512, "cuda": 8192, "mps": 1024}
 """Paths of a unit: several times what steps together, so that the engine is full until near its end."""
@@ -130,7 +130,7 @@ def _refuse_more_bars(sources: Sequence[Source], before: set[str], done: set[str
             )
 
 
-def _identity(config: BatchConfig, checkpoint: Checkpoint, place: Placement | None) -> dict[str, Any]:
+def _identity(config: BatchConfig, checkpoint: Checkpoint, place: ActorPlacement | None) -> dict[str, Any]:
     """What two runs into one output must have in common: all that decides the numbers. place: None if not known yet."""
     settings: dict[str, Any] = {
         **dataclasses.asdict(config.rules),
@@ -154,7 +154,7 @@ def _identity(config: BatchConfig, checkpoint: Checkpoint, place: Placement | No
     return {"settings": settings, "model": model}
 
 
-def _unit_size(config: BatchConfig, place: Placement, symbols: int) -> int:
+def _unit_size(config: BatchConfig, place: ActorPlacement, symbols: int) -> int:
     """Symbols of a unit. It decides no number: a path depends on its symbol and seed alone."""
     if config.symbols_per_part is not None:
         return config.symbols_per_part
@@ -172,7 +172,7 @@ def _spread(spread: Spread, config: BatchConfig, show: TextIO | None) -> None:
 def _forecast(
     config: BatchConfig,
     checkpoint: Checkpoint,
-    place: Placement,
+    place: ActorPlacement,
     store: Store,
     units: Sequence[Unit],
     summary: Summary,
@@ -180,7 +180,7 @@ def _forecast(
 ) -> None:
     """Runs the units through a pool of actors, counting what they have done in summary."""
     work = Work(
-        source=_absolute(config.model),
+        source=config.model,
         sha256=checkpoint.sha256,
         rules=config.rules,
         names=config.layout,
@@ -237,15 +237,6 @@ def _forecast(
             )
 
 
-def _absolute(source: CheckpointSource) -> CheckpointSource:
-    """Local folders by their whole path: an actor's working directory is another one."""
-
-    def whole(name: str | None) -> str | None:
-        return str(Path(name).resolve()) if name is not None and Path(name).is_dir() else name
-
-    return dataclasses.replace(source, model=whole(source.model) or source.model, tokenizer=whole(source.tokenizer))
-
-
 def _say(show: TextIO | None, text: str) -> None:
     if show is not None:
         print(text, file=show, flush=True)
@@ -256,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse_arguments(arguments, __doc__)
         summary = run_batch(config, show=sys.stderr)
-    except (KronosError, ValueError) as error:
+    except (KronosError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (ray.exceptions.RayError, UserCodeException) as error:

@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from cluster.forecasting import ModelChoice, forecast_all
-from cluster.scores import INTERVALS, covered
-from cluster.training_record import training_period
-from cluster.walk_forward import WalkForward, Window, pick_windows, read_series
-from cluster.walk_forward_options import add_walk_forward_arguments, print_progress, walk_forward_of
+from cluster.bundles.training_record import training_period
+from cluster.evaluation.forecasting import ModelChoice, forecast_all
+from cluster.evaluation.scores import INTERVALS, covered
+from cluster.evaluation.walk_forward import WalkForward, Window, pick_windows, read_series
+from cluster.evaluation.walk_forward_options import add_walk_forward_arguments, print_progress, walk_forward_of
 from model.calibration import (
     CALIBRATION_FILE,
     METHODS,
@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fitted = fit(choice, windows, setting, options.method, workers=options.workers)
         path = options.out or choice.folder / CALIBRATION_FILE
         save(path, fitted)
-    except (KronosError, ValueError) as error:
+    except (KronosError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for entry in fitted["entries"]:

@@ -20,11 +20,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from cluster.bars import SymbolBars
-from cluster.data_config import BarFilter, DataConfig, SimulatedSource, TimeSplit
-from cluster.filters import WindowRules
-from cluster.simulate import simulate
-from cluster.sources import read_source
+from cluster.candles.bars import SymbolBars
+from cluster.candles.data_config import BarFilter, DataConfig, SimulatedSource, TimeSplit
+from cluster.candles.filters import WindowRules
+from cluster.candles.simulate import simulate
+from cluster.candles.sources import read_source
 from model.errors import InputError
 from model.frames import normalise
 
@@ -283,7 +283,7 @@ def fixed_subset(windows: WindowSet, count: int, seed: int, batch_size: int) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from cluster.check import main as check_main  # it reads this module
+    from cluster.candles.check import main as check_main  # it reads this module
 
     return check_main(arguments)
 

@@ -2,7 +2,7 @@
 
     python -m cluster.evaluate --model BUNDLE --data 'bars/*.parquet' --from 2024-07-01 --to 2024-10-01 --out DIR
 
-With --card, --candles or --scores instead of --data it measures a bundle for its model card (cluster.card_scores).
+With --card, --candles or --scores instead of --data it measures a bundle for its model card (evaluation.card_scores).
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cluster import backtest, card_scores, report
-from cluster.bars import SymbolBars
-from cluster.baselines import EXTRAS, Baseline, baselines
-from cluster.forecasting import ModelChoice, device_warning, forecast_all
-from cluster.leakage import alarms, future_in_inputs, shuffled_labels
-from cluster.metrics import Scored, Table, Truth, overall_verdict
+from cluster import backtest
+from cluster.bundles.training_record import overlap_warning
+from cluster.candles.bars import SymbolBars
+from cluster.evaluation import card_scores, report
+from cluster.evaluation.baselines import EXTRAS, Baseline, baselines
+from cluster.evaluation.forecasting import ModelChoice, forecast_all
+from cluster.evaluation.leakage import alarms, future_in_inputs, shuffled_labels
+from cluster.evaluation.metrics import Scored, Table, Truth, overall_verdict
+from cluster.evaluation.scores import Draws
+from cluster.evaluation.walk_forward import WalkForward, Window, Windows, pick_windows, read_series
+from cluster.evaluation.walk_forward_options import add_walk_forward_arguments, print_progress, walk_forward_of
 from cluster.ray_session import ray_session
-from cluster.scores import Draws
-from cluster.training_record import overlap_warning
-from cluster.walk_forward import WalkForward, Window, Windows, pick_windows, read_series
-from cluster.walk_forward_options import add_walk_forward_arguments, print_progress, walk_forward_of
 from model.calibration import Calibration, load_calibration, usual_bar_seconds
 from model.errors import InputError, KronosError
 from model.registry import load_checkpoint
@@ -73,14 +74,17 @@ def evaluate(
 ) -> Evaluation:
     """Forecasts every window and scores it beside the baselines (and the parent, with the same seeds).
 
-    season: bars of the seasonal naive forecast; None: each symbol's usual day. extras: of cluster.baselines.EXTRAS.
+    season: bars of the seasonal naive forecast; None: each symbol's usual day. extras: of evaluation.baselines.EXTRAS.
     on_progress: (what, done, total). Raises InputError for data and settings, CheckpointError for weights.
     """
+    if season is not None and season < 1:
+        raise InputError(f"season must be at least 1 bar, not {season}", code="bad_size")
     began = time.monotonic()
     picked = pick_windows(series, setting, season)
     windows = picked.chosen
     truth = _truth(windows, setting)
     said: list[str] = []
+    placed: list[str] = []
     scored = _score_baselines(windows, truth, setting, extras, said)
     choices = {"model": choice} | ({"parent": parent} if parent is not None else {})
     models: dict[str, dict[str, Any]] = {}
@@ -95,12 +99,23 @@ def evaluate(
             "version": checkpoint.model_version,
             "tokenizer_version": checkpoint.tokenizer_version,
         }
-        calibrations[name] = load_calibration(one.folder, checkpoint.sha256) if name == "model" else None
+        calibrations[name] = None
+        if name == "model":
+            calibrations[name] = _calibration(load_calibration(one.folder, checkpoint.sha256), setting, said)
     # One cluster for all of them: starting one takes longer than many forecasts.
     with ray_session(os.environ.get("RAY_ADDRESS")) if workers else nullcontext():
         invalid = {
             name: _score_model(
-                name, one, windows, truth, setting, scored, calibrations[name], workers=workers, on_progress=on_progress
+                name,
+                one,
+                windows,
+                truth,
+                setting,
+                scored,
+                calibrations[name],
+                workers=workers,
+                on_progress=on_progress,
+                warn=placed.append,
             )
             for name, one in choices.items()
         }
@@ -118,6 +133,7 @@ def evaluate(
     said = [
         *_warnings(windows, picked, truth, table, setting, choice),
         *said,
+        *dict.fromkeys(placed),
         *alarms(inputs, metrics["model"]["rank_ic"], shuffled),
     ]
     verdict = overall_verdict(comparisons)
@@ -203,12 +219,13 @@ def _score_model(
     *,
     workers: int,
     on_progress: Callable[[str, int, int], None],
+    warn: Callable[[str], None],
 ) -> float:
     """Adds `name`, and "calibrated" where the model has a calibration, to scored; the share of invalid candles."""
     own = scored.setdefault(name, Scored())
     invalid = []
     done = lambda count: on_progress(name, count, len(windows))  # noqa: E731
-    for result in forecast_all(choice, windows, setting, workers=workers, on_done=done):
+    for result in forecast_all(choice, windows, setting, workers=workers, on_done=done, warn=warn):
         invalid.append(result.invalid * len(result.closes))
         for number, closes in enumerate(result.closes, start=result.first):
             own.add(Draws(closes), truth, number, np.random.default_rng([setting.seed, number]))
@@ -219,6 +236,16 @@ def _score_model(
                 rng = np.random.default_rng([setting.seed, number])
                 scored.setdefault("calibrated", Scored()).add(Draws(adjusted), truth, number, rng)
     return float(sum(invalid) / len(windows))
+
+
+def _calibration(found: Calibration | None, setting: WalkForward, said: list[str]) -> Calibration | None:
+    """The calibration, if it was fitted on forecasts that were drawn as these are. said: gets a warning if not."""
+    if found is None or found.fits(setting.temperature, setting.top_k, setting.top_p):
+        return found
+    said.append(
+        "the bundle's calibration was fitted on forecasts with other temperature, top_k or top_p: it is not evaluated"
+    )
+    return None
 
 
 def _ordered(scored: dict[str, Scored]) -> dict[str, Scored]:
@@ -264,8 +291,6 @@ def _warnings(
     if picked.left_out:
         reasons = "; ".join(f"{reason}: {count}" for reason, count in picked.left_out.items())
         said.append(f"forecasts left out: {reasons}")
-    if (device := device_warning(choice)) is not None:
-        said.append(device)
     return said
 
 
@@ -285,6 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     add_walk_forward_arguments(parser)
     parser.add_argument("--out", type=Path, help="folder of the report; needed with --data")
     parser.add_argument("--parent", help="the model that it was finetuned from, to compare with")
+    parser.add_argument("--parent-tokenizer", help="folder or org/repo, where the parent's folder holds none")
     parser.add_argument("--season", type=int, help="bars of the seasonal naive forecast; default: a usual day")
     parser.add_argument("--extras", nargs="*", default=[], choices=EXTRAS, help="further baselines")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling; scores are honest at 1 only")
@@ -302,13 +328,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.card is None and options.scores is None and options.candles is None:
                 raise InputError("--data is missing: name the files to forecast, or --card", code="missing_option")
             return card_scores.run(options)
+        _refuse_ignored(options)
         if options.out is None:
             raise InputError("--out is missing: name the folder that gets the report", code="missing_option")
         _run(options)
-    except (KronosError, ValueError) as error:
+    except (KronosError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _refuse_ignored(options: argparse.Namespace) -> None:
+    """Options that would say nothing here. Raises InputError."""
+    if any(value is not None for value in (options.card, options.scores, options.candles)):
+        raise InputError("--card, --scores and --candles measure a bundle for its card: leave --data out, or them")
+    if options.parent is None and options.parent_tokenizer is not None:
+        raise InputError("--parent-tokenizer is given without --parent: name the parent", code="missing_option")
+    if options.top_k is None and backtest.rules_given(options):
+        raise InputError("options of the backtest are given without --top-k: say how many symbols to hold")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -316,7 +353,9 @@ def _run(options: argparse.Namespace) -> None:
     rules = backtest.rules_of(options) if options.top_k is not None else None
     series = read_series(options.data, time_column=options.time_column, symbol_column=options.symbol_column)
     choice = ModelChoice(options.model, options.tokenizer, options.device, options.threads)
-    parent = ModelChoice(options.parent, None, options.device, options.threads) if options.parent else None
+    parent = None
+    if options.parent is not None:
+        parent = ModelChoice(options.parent, options.parent_tokenizer, options.device, options.threads)
     found = evaluate(
         choice,
         series,

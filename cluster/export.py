@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cluster.bundle import (
+from cluster.bundles.bundle import (
     CARD_FILE,
     REPORT_FILE,
     check_name,
@@ -30,12 +30,12 @@ from cluster.bundle import (
     write_json,
     write_manifest,
 )
-from cluster.bundle_card import bundle_card
-from cluster.card import TRAINING_FILE
+from cluster.bundles.bundle_card import bundle_card
+from cluster.bundles.training_record import TRAINING_FILE
+from cluster.candles.data_config import DataConfig
+from cluster.candles.sources import describe_source
 from cluster.data import describe_splits
-from cluster.data_config import DataConfig
 from cluster.redact import redact
-from cluster.sources import describe_source
 from model.calibration import CALIBRATION_FILE
 from model.checkpoint import resolve_folder
 from model.errors import CheckpointError, InputError, KronosError
@@ -65,6 +65,9 @@ def export(
         text = f"there is no {run_output / TRAINING_FILE}: give run.output of a training run"
         raise InputError(text, code="no_such_file")
     training = read_json(run_output / TRAINING_FILE)
+    if (training.get("config") or {}).get("predictor") and "predictor" not in training.get("stages", {}):
+        text = f"{run_output} is of a run whose predictor is not finished: the command that began it goes on"
+        raise InputError(text, code="unfinished")
     networks = {"model": run_output / "model", "tokenizer": _tokenizer_of(run_output, training)}
     with new_folder(destination, replace=replace) as folder:
         copy_networks(networks, folder)
@@ -117,18 +120,23 @@ def _tokenizer_of(run_output: Path, training: dict[str, Any]) -> Path:
 def parent_of(training: dict[str, Any], tokenizer: Path) -> dict[str, Any] | None:
     """{"name", "sha256"} of what training began from; None if it began from nothing.
 
-    sha256 is that of the pair: the parent's model with the tokenizer beside it, or with the one that was trained with.
-    It is None where those weights cannot be found any more.
+    sha256 is that of the pair: the parent's model with the tokenizer beside it, else with the one that the run's
+    tokenizer began from, else with the one that was trained with. It is None where those weights cannot be found.
     """
-    began = ((training.get("config") or {}).get("predictor") or {}).get("init_from")
+    config = training.get("config") or {}
+    began = (config.get("predictor") or {}).get("init_from")
     if began is None:
         return None
+    # A tokenizer that was finetuned as well is not the one that the parent had.
+    tuned = (config.get("tokenizer") or {}).get("init_from")
     model = Path(began)
     name = model.parent.name if model.name == "model" else model.as_posix()
     beside = model.parent / "tokenizer"
     try:
         found = resolve_folder(began)
-        return {"name": name, "sha256": pair_sha256(found, beside if beside.is_dir() else tokenizer)}
+        if not beside.is_dir():
+            beside = resolve_folder(tuned) if tuned is not None else tokenizer
+        return {"name": name, "sha256": pair_sha256(found, beside)}
     except (CheckpointError, OSError) as error:
         logger.warning("the parent %s is not there any more, its sha256 is not recorded: %s", began, error)
         return {"name": name, "sha256": None}
@@ -140,7 +148,9 @@ def _data_of(training: dict[str, Any]) -> dict[str, Any] | None:
     None where neither the record nor the files are there.
     """
     raw = (training.get("config") or {}).get("data")
-    known = {"sha256": training["data_sha256"], "hashed": "in training"} if "data_sha256" in training else None
+    known = None
+    if "data_sha256" in training:
+        known = {"sha256": training["data_sha256"], "hashed": "in training", **training.get("splits", {})}
     if raw is None:
         return known
     try:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cluster.bundle import (
+from cluster.bundles.bundle import (
     CARD_FILE,
     NETWORKS,
     REPORT_FILE,
@@ -27,10 +27,9 @@ from cluster.bundle import (
     write_json,
     write_manifest,
 )
-from cluster.bundle_card import bundle_card, promotion_section
-from cluster.card import TRAINING_FILE
+from cluster.bundles.bundle_card import bundle_card, promotion_section
+from cluster.bundles.training_record import TRAINING_FILE, utc_moment
 from cluster.export import require_same_weights
-from cluster.training_record import utc_moment
 from model.calibration import CALIBRATION_FILE
 from model.errors import InputError, KronosError
 from model.registry import Checkpoint
@@ -116,7 +115,10 @@ def _not_held_out(report: dict[str, Any], training: dict[str, Any]) -> list[str]
     data = training.get("data") or {}
     held_out = data.get("test_from") or data.get("validation_from")
     if held_out is None:
-        return []
+        source = ((training.get("config") or {}).get("data") or {}).get("source") or {}
+        if source.get("kind") == "simulated":
+            return []
+        return ["its training.json does not say which bars were held out of training"]
     period = report.get("period") or {}
     begins = period.get("from") or period.get("first_origin")
     if begins is None:

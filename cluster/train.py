@@ -21,20 +21,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-from cluster.checkpoints import Checkpoints
-from cluster.config import TokenizerStage, TrainConfig, load_config
-from cluster.group import Group
-from cluster.lineage import code_drift, inputs_of
-from cluster.loop import STOP_FILE, ray_train_loop, run_stage
-from cluster.placement import Placement, place_here, place_workers
+from cluster.placement import WorkerPlacement, place_here, place_workers
 from cluster.ray_session import ray_session
-from cluster.run_folder import STAGES, copy_network, export, fingerprint, record, remember
+from cluster.training.checkpoints import Checkpoints
+from cluster.training.config import STAGES, TokenizerStage, TrainConfig, load_config
+from cluster.training.group import Group
+from cluster.training.lineage import code_drift, inputs_of
+from cluster.training.loop import STOP_FILE, ray_train_loop, run_stage
+from cluster.training.run_folder import copy_network, export, fingerprint, record, remember
 from model.device import resolve_device
 from model.errors import KronosError
 
 logger = logging.getLogger(__name__)
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 class Stopped(Exception):
@@ -85,7 +86,7 @@ def train(config: TrainConfig, *, command: str = "cluster.train.train(config)") 
     Uses the Ray cluster this process is connected to; else joins training.ray_address, or starts a private one on this
     machine and stops it at the end. With training.num_workers = 0 there is no Ray cluster at all.
     Raises InputError for configuration and data, CheckpointError for weights, DivergedError, Stopped after a SIGTERM,
-    and what Ray Train raises for a worker that failed more often than training.max_failures.
+    and KronosError for workers that failed more often than training.max_failures.
     """
     made: dict[str, Path] = {}
     with _ray_for(config), _catch_sigterm() as signals:
@@ -166,7 +167,7 @@ def _train_stage(config: TrainConfig, stage: str, tokenizer: Path | None, signal
     return target
 
 
-def _place(config: TrainConfig) -> Placement:
+def _place(config: TrainConfig) -> WorkerPlacement:
     if config.training.num_workers == 0:
         return place_here(config.training)
     import ray
@@ -177,7 +178,9 @@ def _place(config: TrainConfig) -> Placement:
     return placement
 
 
-def _run_on_ray(config: TrainConfig, stage: str, settings: dict[str, Any], placement: Placement) -> dict[str, Any]:
+def _run_on_ray(
+    config: TrainConfig, stage: str, settings: dict[str, Any], placement: WorkerPlacement
+) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
@@ -198,20 +201,24 @@ def _run_on_ray(config: TrainConfig, stage: str, settings: dict[str, Any], place
     try:
         return cast(Any, trainer.fit()).return_value
     except WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            cause = getattr(failure, "_base_exc", failure)
+        causes = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
+        for cause in causes:
             if isinstance(cause, KronosError):
                 raise cause from error
-        raise
+        raise KronosError(
+            f"{stage}: workers failed more often than training.max_failures={training.max_failures} allows, the "
+            f"last time with {causes[0] if causes else error}; the same command goes on from the last checkpoint"
+        ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m cluster.train",
         description="Train or finetune the tokenizer, the predictor or both. The same command again resumes.",
-        epilog="Exit status: 0 done, 2 a mistake in configuration or data, 143 stopped by SIGTERM with a checkpoint.",
+        epilog="Exit status: 0 done, 2 a mistake in configuration or data, or workers that kept failing, "
+        "130 interrupted, 143 stopped by SIGTERM with a checkpoint.",
     )
-    parser.add_argument("--config", required=True, type=Path, help="YAML file; cluster/config.py lists every key")
+    parser.add_argument("--config", required=True, type=Path, help="YAML file; training/config.py lists all its keys")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -223,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
-            from cluster.dry_run import dry_run
+            from cluster.training.dry_run import dry_run
 
             for line in dry_run(config):
                 print(line, flush=True)
@@ -233,7 +240,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return EXIT_TERMINATED
-    except (KronosError, ValueError) as error:
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (KronosError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for stage, folder in made.items():

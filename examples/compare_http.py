@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cluster.baselines import drift, random_walk
-from cluster.scores import INTERVALS, Draws, Predictive, paired_ratio
+from cluster.evaluation.baselines import drift, random_walk
+from cluster.evaluation.scores import INTERVALS, Draws, Predictive, paired_ratio
 from serve_app.client import KronosClient
 
 COLUMNS = ("open", "high", "low", "close", "volume", "amount")

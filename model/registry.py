@@ -79,23 +79,31 @@ def named_source(
 ) -> CheckpointSource:
     """What a command line calls a model: bundled, an alias of PUBLISHED, a local folder or a Hub repository.
 
-    What is given beside the name replaces what the alias says.
+    What is given beside the name replaces what the alias says. A folder wins over an alias: whoever trained one into
+    ./kronos-small means it.
     """
     folder = Path(name)
     published = {source.model: source for source in PUBLISHED.values()}
     known = {"bundled": BUNDLED, BUNDLED.id: BUNDLED, **published, **PUBLISHED}
-    if folder.is_dir() or name not in known:  # a folder wins: whoever trained one into ./kronos-small means it
-        base = CheckpointSource(id=folder.name if folder.is_dir() else name, model=name)
+    if folder.is_dir():
+        base = CheckpointSource(id=folder.resolve().name, model=whole_path(name))
+    elif name not in known:
+        base = CheckpointSource(id=name, model=name)
     else:
         base = known[name]
     return replace(
         base,
-        tokenizer=tokenizer or base.tokenizer,
+        tokenizer=whole_path(tokenizer) if tokenizer else base.tokenizer,
         revision=revision or base.revision,
         # A revision says nothing about another repository.
         tokenizer_revision=tokenizer_revision or (None if tokenizer else base.tokenizer_revision),
         max_context=max_context or base.max_context,
     )
+
+
+def whole_path(name: str) -> str:
+    """A folder by its whole path, since an actor's working directory is another one; any other name as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 import torch
 import torch.distributed as dist
 
-from cluster.config import parse_config
-from cluster.group import Group
-from cluster.worker import Worker
+from cluster.training.config import parse_config
+from cluster.training.group import Group
+from cluster.training.worker import Worker
 from model.kronos import Kronos
 from model.tokenizer import KronosTokenizer
 

@@ -16,8 +16,8 @@ import pytest
 import ray
 
 from cluster.batch import main, run_batch
-from cluster.batch_config import parse_arguments
-from cluster.batch_forecaster import symbol_seed
+from cluster.batching.config import parse_arguments
+from cluster.batching.forecaster import symbol_seed
 from model.predictor import KronosPredictor
 from model.registry import load_checkpoint, named_source
 from model.types import COLUMNS

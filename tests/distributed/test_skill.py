@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cluster.bars import bars_from_frame
-from cluster.card_scores import round_trip
-from cluster.config import parse_config
+from cluster.candles.bars import bars_from_frame
 from cluster.evaluate import evaluate
-from cluster.forecasting import ModelChoice, make_predictor
+from cluster.evaluation.card_scores import round_trip
+from cluster.evaluation.forecasting import ModelChoice, make_predictor
+from cluster.evaluation.walk_forward import WalkForward
 from cluster.train import train
-from cluster.walk_forward import WalkForward
+from cluster.training.config import parse_config
 
 HISTORY, HORIZON, SYMBOLS, BARS = 64, 8, 8, 3000
 TIMES = pd.date_range("2024-07-01", periods=BARS, freq="h")
@@ -141,7 +141,11 @@ def test_persistent_returns_are_reported(tmp_path, figure):
 @pytest.mark.timeout(900)
 @pytest.mark.verify("V14")
 def test_a_random_walk_shows_no_skill(tmp_path, figure):
-    covers, wins, verdicts = 0, 0, []
+    """Networks this small, trained this briefly, lose to the walk, and by more than chance: that is no skill either.
+
+    What must not be seen is the winning side of it, in any seed, nor a little of it in all seeds together.
+    """
+    covers, wins, coefficients, errors, verdicts = 0, 0, [], [], []
     for seed in range(5):
         rng = np.random.default_rng([3, seed])
         frame = candles((rng.normal(size=(SYMBOLS, BARS)) * 0.005).cumsum(axis=1))
@@ -153,13 +157,19 @@ def test_a_random_walk_shows_no_skill(tmp_path, figure):
         walk = next(c for c in summary["comparisons"] if c["against"] == "historical_volatility")
         covers += low <= 0 <= high
         wins += walk["verdict"] == "beats"
+        rank_ic = summary["metrics"]["model"]["rank_ic"]
+        coefficients.append(rank_ic["mean"])
+        errors.append(rank_ic["mean"] / rank_ic["t"])
         verdicts.append(summary["verdict"])
         figure(
-            f"seed {seed}: RankIC {summary['metrics']['model']['rank_ic']['mean']:+.3f} ({low:+.3f} to {high:+.3f}), "
+            f"seed {seed}: RankIC {rank_ic['mean']:+.3f} ({low:+.3f} to {high:+.3f}), "
             f"CRPS {walk['ratio']:.3f} of the random walk's, p = {walk['p_value']:.2g}: {walk['verdict']}",
             "no skill",
         )
-    figure(f"RankIC interval covers 0 for {covers} of 5 seeds; random walk beaten by {wins}", "≥ 4; ≤ 1")
+    pooled = sum(coefficients) / math.sqrt(sum(error**2 for error in errors))
+    figure(f"RankIC interval covers 0 for {covers} of 5 seeds; random walk beaten by {wins}", "≥ 4; 0")
+    figure(f"RankIC of all seeds together: {pooled:+.2f} standard errors from 0", "within 2")
     assert covers >= 4
-    assert wins <= 1
+    assert wins == 0
+    assert abs(pooled) <= 2
     assert set(verdicts) <= {"ties", "loses"}

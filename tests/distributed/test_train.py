@@ -14,8 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from cluster.config import load_config
 from cluster.train import train
+from cluster.training.config import load_config
 from model.errors import InputError
 from model.kronos import Kronos
 from model.tokenizer import KronosTokenizer

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from cluster.memory import settle_batch_sizes
-from cluster.worker import Worker
+from cluster.training.memory import settle_batch_sizes
+from cluster.training.worker import Worker
 from tests.tiny_training import CPU, gradients, largest_relative, save_tokenizer, tiny_config
 
 pytestmark = [

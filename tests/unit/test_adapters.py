@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster.adapters import (
+from cluster.training.adapters import (
     ADAPTERS_FILE,
     LoraLinear,
     adapter_state,
@@ -13,9 +13,9 @@ from cluster.adapters import (
     merge_adapters,
     save_adapters,
 )
-from cluster.config import Lora
-from cluster.freezing import freeze, trained_parameters
-from cluster.worker import Worker
+from cluster.training.config import Lora
+from cluster.training.freezing import freeze, trained_parameters
+from cluster.training.worker import Worker
 from model.errors import CheckpointMismatchError
 from model.kronos import Kronos
 from model.tokenizer import KronosTokenizer

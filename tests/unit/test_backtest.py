@@ -9,7 +9,7 @@ import pytest
 
 from cluster import backtest
 from cluster.backtest import run
-from cluster.ledger import Prices, Rules, SymbolPrices, run_ledger
+from cluster.evaluation.ledger import Prices, Rules, SymbolPrices, run_ledger
 from model.errors import InputError
 
 DAYS = pd.date_range("2024-07-01", periods=5, freq="D")
@@ -216,6 +216,8 @@ def test_benchmarks():
     np.testing.assert_allclose(given_levels.equity["benchmark_return"], [0.01, 1 / 101, -0.5, 0])
     with pytest.raises(InputError, match="neither a symbol"):
         run(prices_of(FIVE_DAYS), signals, Rules(top_k=1, drop_n=1), benchmark="X")
+    with pytest.raises(InputError, match="bars_per_year must be positive"):
+        run(prices_of(FIVE_DAYS), signals, Rules(top_k=1, drop_n=1), bars_per_year=0)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cluster.batch_files import Layout, Source, find_files, layout_of, scan, wide_symbols
-from cluster.batch_plan import Unit, partition, plan_spread, plan_units, spread_file
-from cluster.batch_symbols import HistoryRules, load_unit
+from cluster.batching.files import Layout, Source, find_files, layout_of, scan, wide_symbols
+from cluster.batching.plan import Unit, partition, plan_spread, plan_units, spread_file
+from cluster.batching.symbols import HistoryRules, load_unit
 from model.errors import InputError
 
 NAMES = Layout()
@@ -77,6 +77,19 @@ def test_scan_keeps_leading_zeros_and_a_broken_file_costs_itself(tmp_path):
     assert sources["numbers.parquet"].symbols == ("600000",)
     assert sources["broken.parquet"].fault.code == "unreadable_file"
     assert sources["broken.parquet"].symbols == ("broken",)
+
+
+@pytest.mark.parametrize("values", [[True, False], [1.0, 2.5], [b"A", b"B"], pd.Categorical(["A", "B"])])
+def test_symbols_of_any_type_are_found_again_by_their_text(tmp_path, values):
+    """The scan names them, a filter finds them: both must read a value as the same text."""
+    symbols = pd.Series(values).repeat(20).reset_index(drop=True)
+    table = pd.concat([candles(20), candles(20)], ignore_index=True)
+    table.assign(symbol=symbols).to_parquet(tmp_path / "long.parquet")
+    sources = scan(find_files([str(tmp_path)]), NAMES)
+    [unit] = plan_units(sources, None, (), 2)
+    found = load_unit(unit, NAMES, HistoryRules(horizon=2))
+    assert len(found) == 2
+    assert not [history for history in found.values() if isinstance(history, InputError)]
 
 
 def test_nothing_readable_is_an_error(tmp_path):

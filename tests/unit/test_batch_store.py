@@ -5,7 +5,7 @@ import json
 import pyarrow as pa
 import pytest
 
-from cluster.batch_store import OWNER_FILE, RUN_FILE, Finished, Part, Store, part_name, schema
+from cluster.batching.store import OWNER_FILE, RUN_FILE, Finished, Part, Store, part_name, schema
 from model.errors import InputError
 
 RUN = {"settings": {"horizon": 24, "seed": 0}, "model": {"sha256": "a" * 64}}

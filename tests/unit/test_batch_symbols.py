@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cluster.batch_files import Layout
-from cluster.batch_plan import Unit
-from cluster.batch_symbols import HistoryRules, future_index, load_unit, symbol_history
+from cluster.batching.files import Layout
+from cluster.batching.plan import Unit
+from cluster.batching.symbols import HistoryRules, future_index, load_unit, symbol_history
 from model.errors import InputError
 
 NAMES = Layout()
@@ -47,6 +47,7 @@ def text_times(frame, row, text):
         (spoil("close", 3, np.nan), "not_finite"),
         (spoil("close", 3, np.inf), "not_finite"),
         (spoil("close", 3, "n/a"), "not_a_number"),
+        (candles().assign(close=[[100.0]] * 40), "not_a_number"),
         (spoil("low", 3, -1.0), "not_positive"),
         (spoil("open", 3, 0.0), "not_positive"),
         (spoil("volume", 3, -1.0), "negative"),

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from cluster import calibration as fitting
-from cluster.bars import SymbolBars
-from cluster.forecasting import ModelChoice
-from cluster.scores import covered
-from cluster.training_record import training_period
-from cluster.walk_forward import WalkForward
+from cluster.bundles.training_record import training_period
+from cluster.candles.bars import SymbolBars
+from cluster.evaluation.forecasting import ModelChoice
+from cluster.evaluation.scores import covered
+from cluster.evaluation.walk_forward import WalkForward
 from model.calibration import CALIBRATION_FILE, load_calibration, parse_calibration, typical_move, usual_bar_seconds
 from model.errors import CheckpointMismatchError, InputError
 

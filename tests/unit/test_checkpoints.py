@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
-from cluster import checkpoints as module
-from cluster.checkpoints import INDEX_FILE, MANIFEST_FILE, Checkpoints
 from cluster.files import write_atomically
+from cluster.training import checkpoints as module
+from cluster.training.checkpoints import INDEX_FILE, MANIFEST_FILE, Checkpoints
 from model.errors import CheckpointMismatchError
 
 

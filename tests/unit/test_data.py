@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.bars import SymbolBars, bars_from_frame, frame_from_bars, read_bars
-from cluster.config import parse_config
+from cluster.candles.bars import SymbolBars, bars_from_frame, frame_from_bars, read_bars
+from cluster.candles.simulate import simulate
 from cluster.data import (
     SplitBars,
     WindowSet,
@@ -17,7 +17,7 @@ from cluster.data import (
     load_splits,
     split_by_time,
 )
-from cluster.simulate import simulate
+from cluster.training.config import parse_config
 from model.errors import InputError
 from model.frames import normalise, time_marks
 

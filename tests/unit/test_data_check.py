@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cluster.bars import read_bars
-from cluster.check import check
-from cluster.check_series import CheckOptions
+from cluster.candles.bars import read_bars
+from cluster.candles.check import check
+from cluster.candles.check_series import CheckOptions
 from cluster.data import main
 from model.errors import InputError
 
@@ -305,11 +305,14 @@ def test_real_candles_have_no_fault(candles_csv, capsys):
         ["--window", "2"],
         ["--bar", "soon"],
         ["--bar", "300"],
-        ["--test-share", "0.2"],
-        ["--validation-share", "0.6", "--test-share", "0.6"],
-        ["--validation-share", "0.2", "--test-from", "2024-01-02"],
-        ["--stride", "0"],
-        ["--validation-from", "soon"],
+        ["--window", "10", "--test-share", "0.2"],
+        ["--window", "10", "--validation-share", "0.6", "--test-share", "0.6"],
+        ["--window", "10", "--validation-share", "0.2", "--test-from", "2024-01-02"],
+        ["--window", "10", "--stride", "0"],
+        ["--window", "10", "--validation-from", "soon"],
+        ["--window", "10", "--embargo-bars", "5"],
+        ["--validation-share", "0.2"],
+        ["--filter"],
     ],
 )
 def test_options_that_make_no_sense(tmp_path, capsys, arguments):

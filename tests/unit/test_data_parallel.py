@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
-from cluster.worker import Worker
+from cluster.training.worker import Worker
 from tests.tiny_training import (
     CPU,
     gradients,

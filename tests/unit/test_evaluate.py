@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,13 +10,13 @@ import pytest
 
 from cluster import calibration
 from cluster import evaluate as command
-from cluster.bars import SymbolBars, bars_from_frame, frame_from_bars
+from cluster.candles.bars import SymbolBars, bars_from_frame, frame_from_bars
 from cluster.evaluate import evaluate
-from cluster.forecasting import ModelChoice
-from cluster.leakage import alarms, future_in_inputs, shuffled_labels
-from cluster.metrics import Table
-from cluster.walk_forward import WalkForward, pick_windows, read_series
-from model.calibration import CALIBRATION_FILE, load_calibration
+from cluster.evaluation.forecasting import ModelChoice
+from cluster.evaluation.leakage import alarms, future_in_inputs, shuffled_labels
+from cluster.evaluation.metrics import Table
+from cluster.evaluation.walk_forward import WalkForward, pick_windows, read_series
+from model.calibration import CALIBRATION_FILE, Calibration, load_calibration
 from model.errors import InputError
 from model.registry import CheckpointSource, load_checkpoint
 
@@ -266,6 +267,13 @@ def test_the_command_writes_a_report_that_needs_nothing_else(tmp_path, bundle, c
         (lambda f: f, ["--from", "2024-07-05", "--to", "2024-07-04"], "is empty"),
         (lambda f: f.head(30), [], "no window"),
         (lambda f: f, ["--top-k", "0"], "top-k must be at least 1"),
+        (lambda f: f, ["--cost-bps", "10"], "options of the backtest are given without --top-k"),
+        (lambda f: f, ["--season", "0"], "season must be at least 1"),
+        (lambda f: f, ["--workers", "-1"], "--workers must be at least 0"),
+        (lambda f: f, ["--threads", "0"], "--threads must be at least 1"),
+        (lambda f: f, ["--top-p", "1.5"], "top_p=1.5 must lie between 0 and 1"),
+        (lambda f: f, ["--parent-tokenizer", "x"], "without --parent"),
+        (lambda f: f, ["--card", "x"], "leave --data out"),
     ],
 )
 def test_the_command_names_what_is_wrong(tmp_path, bundle, capsys, frame, more, message):
@@ -299,6 +307,16 @@ def test_a_bundle_is_calibrated_on_the_bars_that_are_named(tmp_path, golden, cap
     assert "calibrated" in report["metrics"]
     assert calibration.main(["fit", *fit, "--from", "2024-07-08"]) == 2
     assert "are too few to calibrate on" in capsys.readouterr().err
+
+
+def test_a_calibration_of_other_sampling_is_not_evaluated():
+    fitted_on = {"sampling": {"temperature": 1.0, "top_k": 0, "top_p": 1.0}}
+    fitted, said = Calibration("scale", "", fitted_on, ()), []
+    assert command._calibration(fitted, SETTING, said) is fitted
+    assert command._calibration(None, SETTING, said) is None
+    assert said == []
+    assert command._calibration(fitted, replace(SETTING, temperature=0.6), said) is None
+    assert "is not evaluated" in said[0]
 
 
 def test_a_model_card_is_still_measured(tmp_path, bundle, capsys):

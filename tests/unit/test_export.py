@@ -10,15 +10,16 @@ import pandas as pd
 import pytest
 import torch
 
-from cluster import bundle as bundle_module
 from cluster import export as export_module
 from cluster import promote as promote_module
-from cluster.bundle import pair_sha256, verify_bundle
+from cluster.bundles import bundle as bundle_module
+from cluster.bundles.bundle import pair_sha256, verify_bundle
 from cluster.export import export
 from cluster.promote import promote
 from model.errors import CheckpointMismatchError, InputError
 from model.kronos import Kronos
 from model.registry import CheckpointSource, load_checkpoint
+from model.tokenizer import KronosTokenizer
 from serve_app.catalog import find
 
 BASELINES = ("last_price", "drift", "historical_volatility", "seasonal_naive")
@@ -83,7 +84,7 @@ def report_of(bundle, **changes):
     report = {
         "model": {"sha256": training["sha256"]},
         "parent": {"sha256": training["parent"]["sha256"]},
-        "period": {"from": training["data"]["test_from"], "to": None},
+        "period": {"from": training["data"].get("test_from"), "to": None},
         "comparisons": comparisons,
         "verdict": "beats",
     }
@@ -237,6 +238,51 @@ def test_a_parent_that_is_gone_is_said_to_be_gone(run_output, parent, tmp_path):
     record = json.loads((tmp_path / "models/mine/training.json").read_text())
     assert record["parent"] == {"name": "parent", "sha256": None}
     assert "the weights are gone" in (tmp_path / "models/mine/README.md").read_text()
+
+
+def test_a_tokenizer_that_was_finetuned_too_is_not_the_parents(run_output, parent, tmp_path):
+    """Without one beside the parent's model: the parent is the pair that both finetunes began from."""
+    expected = pair_sha256(parent / "model", parent / "tokenizer")
+    (parent / "tokenizer").rename(tmp_path / "began")
+    change_record(run_output, lambda record: record["config"].update(tokenizer={"init_from": str(tmp_path / "began")}))
+    tuned = run_output / "tokenizer" / "model.safetensors"
+    network = KronosTokenizer.from_pretrained(tuned.parent)
+    with torch.no_grad():
+        network.head.bias.add_(0.001)
+    network.save_pretrained(tuned.parent)
+    export(run_output, tmp_path / "models" / "mine")
+    record = json.loads((tmp_path / "models/mine/training.json").read_text())
+    assert record["parent"]["sha256"] == expected
+
+
+def change_record(run_output, change):
+    path = run_output / "training.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def test_a_run_whose_predictor_is_not_finished_is_no_bundle(run_output, tmp_path):
+    """What lies in model/ may be of an earlier run, and no pair with the new tokenizer."""
+    change_record(run_output, lambda record: record.update(stages={"tokenizer": record["stages"]["predictor"]}))
+    with pytest.raises(InputError, match="whose predictor is not finished"):
+        export(run_output, tmp_path / "models" / "mine")
+
+
+def test_what_was_held_out_is_known_also_when_the_data_is_gone(run_output, tmp_path):
+    """Recorded in training; and without any record of it nothing is promoted, unless by force."""
+    (tmp_path / "bars.csv").unlink()
+    splits = {"validation_from": "2024-07-03T12:00:00", "test_from": "2024-07-04T08:00:00"}
+    for name, known in (("with", {"data_sha256": "0" * 64, "splits": splits}), ("without", {"data_sha256": "0" * 64})):
+        change_record(run_output, lambda record, known=known: (record.pop("splits", None), record.update(known)))
+        export(run_output, tmp_path / "candidates" / name)
+    record = json.loads((tmp_path / "candidates/with/training.json").read_text())
+    assert record["data"] | splits == record["data"]
+    begins = {"from": "2024-07-04T08:00:00"}
+    report = report_of(tmp_path / "candidates/with", period=begins)
+    promote(tmp_path / "candidates/with", save(report, tmp_path / "report.json"), tmp_path / "models" / "with")
+    with pytest.raises(InputError, match="does not say which bars were held out"):
+        promote(tmp_path / "candidates/without", tmp_path / "report.json", tmp_path / "models" / "without")
 
 
 @pytest.mark.parametrize("in_one_step", [True, False])

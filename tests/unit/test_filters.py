@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cluster.bars import SymbolBars
+from cluster.candles.bars import SymbolBars
+from cluster.candles.data_config import BarFilter
+from cluster.candles.filters import WindowRules, jumps, long_runs, stagnant
 from cluster.data import SplitBars, WindowSet
-from cluster.data_config import BarFilter
-from cluster.filters import WindowRules, jumps, long_runs, stagnant
 from model.errors import InputError
 from model.frames import time_marks
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ import yaml
 from safetensors.torch import load_file
 
 from cluster import train as train_module
-from cluster.checkpoints import MANIFEST_FILE
-from cluster.config import parse_config
+from cluster.candles.bars import frame_from_bars
+from cluster.candles.simulate import simulate
 from cluster.train import main, train
-from cluster.worker import Worker
+from cluster.training.checkpoints import MANIFEST_FILE
+from cluster.training.config import parse_config
+from cluster.training.worker import Worker
 from model.kronos import Kronos
 from model.tokenizer import KronosTokenizer
 from tests.tiny_training import save_predictor, save_tokenizer, tiny_config
@@ -314,6 +317,50 @@ def test_a_dry_run_finds_what_the_run_would(parent, tmp_path, figure, capsys):
         assert main(["--config", path, "--dry-run", override]) == 2, override
         assert named in capsys.readouterr().err
     figure(f"{len(faults)} faults in a dry run: each exits 2 and is named", "all")
+
+
+def test_a_dry_run_tries_every_phase_and_logs_nowhere(parent, tmp_path, monkeypatch, capsys):
+    """The largest batch is not the longest window; and a trial is no run to show to a tracking server."""
+    phases = [{"steps": 9, "window": 24, "batch_size": 64}, {"steps": 9, "window": 500, "batch_size": 1}]
+    path = str(write_yaml(finetune_config(parent, tmp_path, phases=phases), tmp_path))
+    assert main(["--config", path, "--dry-run"]) == 2
+    assert "has no window of 501 bars" in capsys.readouterr().err
+    path = str(write_yaml(finetune_config(parent, tmp_path), tmp_path))
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # which could start no run
+    assert main(["--config", path, "--dry-run", "logging.loggers=[wandb]"]) == 0
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main(["--config", path, "--dry-run", "logging.loggers=[wandb]"]) == 2
+    assert "kronos-ray-serve[wandb]" in capsys.readouterr().err
+
+
+def test_memory_that_ends_in_the_last_validation_names_the_size_to_try(parent, tmp_path, monkeypatch, capsys):
+    def validate(self):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(Worker, "validate", validate)
+    assert main(["--config", str(write_yaml(finetune_config(parent, tmp_path, steps=2), tmp_path))]) == 2
+    assert "set training.micro_batch_size=4" in capsys.readouterr().err
+
+
+def test_the_record_is_of_what_lies_beside_it(parent, tmp_path):
+    """Stages of an earlier run in the same folder go, but for the tokenizer that is used from there; splits stay."""
+    bars = simulate(3, 1, 200, bar_minutes=(60,))
+    frame_from_bars(bars).to_csv(tmp_path / "bars.csv", index=False)
+    source = {"kind": "file", "path": str(tmp_path / "bars.csv"), "validation_share": 0.3, "test_share": 0.2}
+
+    def run(stage, name, **options):
+        raw = tiny_config(stage, folder=tmp_path, steps=2, **options).model_dump(mode="json")
+        raw["run"]["name"], raw["data"]["source"] = name, source
+        train(parse_config(raw))
+        return json.loads((tmp_path / "out/training.json").read_text())
+
+    assert list(run("tokenizer", "a")["stages"]) == ["tokenizer"]
+    record = run("predictor", "b", tokenizer=tmp_path / "out/tokenizer")
+    assert list(record["stages"]) == ["tokenizer", "predictor"]
+    times = bars[0].times.astype("datetime64[s]")
+    assert record["splits"] == {"validation_from": str(times[100]), "test_from": str(times[160])}
+    assert list(run("predictor", "c", tokenizer=parent / "tokenizer")["stages"]) == ["predictor"]
+    assert list(run("tokenizer", "d")["stages"]) == ["tokenizer"]
 
 
 @pytest.mark.verify("V21")

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cluster.gaps import Step, bar_size, find_gaps
+from cluster.candles.gaps import Step, bar_size, find_gaps
 
 
 def stock_days(start="2024-03-04", days=20, skip=(), bar="5min"):

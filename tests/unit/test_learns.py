@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 
-from cluster.config import Optimisation
-from cluster.stages import learning_rate, make_optimizer
+from cluster.training.config import Optimisation
+from cluster.training.stages import learning_rate, make_optimizer
 from model.kronos import Kronos
 from model.losses import predictor_loss
 

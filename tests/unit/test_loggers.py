@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from cluster.config import LoggingConfig
-from cluster.loggers import PACKAGES, make_loggers
 from cluster.redact import REDACTED, looks_secret, redact
+from cluster.training.config import LoggingConfig
+from cluster.training.loggers import PACKAGES, make_loggers
 from model.errors import InputError
 
 CANARY = "canary-7f3a91c2e4"

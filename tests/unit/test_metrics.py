@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.baselines import baselines, drift, last_price, random_walk, seasonal_naive
-from cluster.metrics import Scored, Table, Truth, overall_verdict
-from cluster.scores import Draws, Normal, Point, crps_of_normal, pinball
-from cluster.significance import (
+from cluster.evaluation.baselines import baselines, drift, last_price, random_walk, seasonal_naive
+from cluster.evaluation.metrics import Scored, Table, Truth, overall_verdict
+from cluster.evaluation.scores import Draws, Normal, Point, crps_of_normal, pinball
+from cluster.evaluation.significance import (
     block_length,
     block_rows,
     bootstrap,

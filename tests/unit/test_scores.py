@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,17 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from cluster import card_scores, evaluate
-from cluster.baselines import random_walk
-from cluster.card import write_card
-from cluster.scores import (
+from cluster import evaluate
+from cluster.candles.simulate import simulate
+from cluster.evaluation import card_scores
+from cluster.evaluation.baselines import baselines, random_walk
+from cluster.evaluation.card import write_card
+from cluster.evaluation.scores import (
+    Normal,
     covered,
     crps_of_normal,
     crps_of_samples,
     invalid_share,
     paired_ratio,
 )
-from cluster.simulate import simulate
 from model.errors import InputError
 from model.types import Paths, Window
 
@@ -209,3 +213,84 @@ def test_card_says_what_was_measured_and_what_is_missed(tmp_path, tokenizer):
 def test_the_command_says_what_is_missing(tmp_path, capsys):
     assert evaluate.main(["--bundle", str(tmp_path / "absent"), "--card", str(tmp_path / "README.md")]) == 2
     assert "absent" in capsys.readouterr().err
+
+
+SPLIT_BY_SHARES = {"validation_from": None, "test_from": None, "validation_share": 0.15, "test_share": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ({"path": "/data/a.csv", "validation_from": "2024-05-01"}, "Data: `a.csv`, validation from 2024-05-01."),
+        (
+            {"path": ["/data/a.csv", "/data/b.csv"], **SPLIT_BY_SHARES},
+            "Data: `a.csv`, `b.csv`, 15% of the bar times for validation, 10% of the bar times for test.",
+        ),
+    ],
+)
+def test_a_card_of_bars_of_a_market_does_not_say_that_they_were_simulated(tmp_path, source, told):
+    """Whatever the source looks like: one path or a list, split at times or by shares."""
+    for part, config in (
+        ("tokenizer", {"n_enc_layers": 2, "n_dec_layers": 2, "d_model": 16}),
+        ("model", {"n_layers": 1, "d_model": 16, "n_heads": 2, "ff_dim": 32, "s1_bits": 4, "s2_bits": 4}),
+    ):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(config))
+        (tmp_path / part / "model.safetensors").write_bytes(b"")
+    stage = {"weights": 10, "steps": 5, "bars": 100, "minutes": 1.5, "validation_loss": 0.25}
+    record = {
+        "command": "train",
+        "torch": "2",
+        "device": "cpu",
+        # The tokenizer is an earlier run's: this one has no such stage.
+        "stages": {"tokenizer": stage, "predictor": stage | {"parent": {"folder": "runs/before", "sha256": "0"}}},
+        "config": {
+            "run": {"seed": 7},
+            "training": {"num_workers": 0},
+            "tokenizer": None,
+            "predictor": {"phases": [{"window": 32}]},
+            "data": {"source": {"kind": "file", **source}},
+        },
+    }
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    numbers = {"setting": {"history": 60, "horizon": 12, "samples": 20, "seed": 0}, "sets": []}
+    write_card(tmp_path / "README.md", tmp_path, numbers)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith(f"# {tmp_path.name}\n\nTrained on bars of a market. Finetuned from runs/before")
+    assert told in card
+    assert "simulated" not in card
+    assert "no outside data" not in card
+
+
+@pytest.mark.parametrize("name", ["windows", "history", "horizon", "samples"])
+def test_settings_of_a_card_that_make_no_sense_are_refused(name):
+    with pytest.raises(InputError, match=f"{name} must be at least"):
+        card_scores.Setting(**{name: 0})
+
+
+@pytest.mark.parametrize("name", ["garch", "ets"])
+def test_extra_baselines_forecast_a_random_walk(name):
+    """Where the extra is installed: a centre near the last price, a spread that grows."""
+    pytest.importorskip({"garch": "arch", "ets": "statsmodels"}[name])
+    close = 100 * np.exp(np.cumsum(np.random.default_rng(3).normal(size=300) * 0.01))
+    found = baselines(24, [name])[name](close, 8)
+    assert np.abs(found.centre / close[-1] - 1).max() < 0.05
+    assert (np.diff(found.std) > 0).all()
+    assert found.std[0] == pytest.approx(0.01 * close[-1], rel=0.3)
+    with pytest.raises(InputError, match=f"baseline '{name}' cannot be fitted to 3 bars .*--extras"):
+        baselines(24, [name])[name](np.full(3, 100.0), 8)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: (_ for _ in ()).throw(ValueError("too few observations")),
+        lambda: Normal(np.array([1.0, np.nan]), np.ones(2)),
+        lambda: Normal(np.ones(2), np.zeros(2)),
+    ],
+)
+def test_a_baseline_that_cannot_be_fitted_says_so_before_the_model_forecasts(monkeypatch, made):
+    monkeypatch.setitem(sys.modules, "arch", types.ModuleType("arch"))
+    monkeypatch.setattr("cluster.evaluation.baselines.garch", lambda close, horizon: made())
+    with pytest.raises(InputError, match=r"baseline 'garch' cannot be fitted to 30 bars .* leave it out of --extras"):
+        baselines(5, ["garch"])["garch"](np.arange(1.0, 31.0), 2)

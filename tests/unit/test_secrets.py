@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.config import parse_config
+from cluster.training.config import parse_config
 from model.errors import InputError
 
 ROOT = Path(__file__).parents[2]

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.bars import invalid_candles
-from cluster.simulate import BAR_MINUTES, CALENDARS, PROCESSES, draw_traits, intraday_shape, simulate, timeline
+from cluster.candles.bars import invalid_candles
+from cluster.candles.simulate import BAR_MINUTES, CALENDARS, PROCESSES, draw_traits, intraday_shape, simulate, timeline
 from model.errors import InputError
 
 OPEN, HIGH, LOW, CLOSE, VOLUME, AMOUNT = range(6)

@@ -4,12 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cluster.bars import find_files, read_bars
-from cluster.config import parse_config
+from cluster.candles.bars import find_files, read_bars
+from cluster.candles.data_config import FileSource, QlibSource, SimulatedSource
+from cluster.candles.qlib import read_qlib
+from cluster.candles.sources import describe_source, read_source
 from cluster.data import load_splits
-from cluster.data_config import FileSource, QlibSource, SimulatedSource
-from cluster.qlib import read_qlib
-from cluster.sources import describe_source, read_source
+from cluster.training.config import parse_config
 from model.errors import InputError
 from model.types import COLUMNS
 

@@ -9,9 +9,10 @@ import torch
 import yaml
 from torch import nn
 
-from cluster import placement, run_folder, train
-from cluster.config import Optimisation, TrainingConfig, load_config, parse_config
-from cluster.stages import learning_rate, make_optimizer, weighted_tokenizer_loss
+from cluster import placement, train
+from cluster.training import run_folder
+from cluster.training.config import Optimisation, TrainingConfig, load_config, parse_config
+from cluster.training.stages import learning_rate, make_optimizer, weighted_tokenizer_loss
 from model.errors import InputError
 from model.kronos import Kronos
 from model.losses import tokenizer_loss
@@ -59,6 +60,14 @@ def raw_config(**changes):
         ({"tokenizer__network__d_model": 8, "tokenizer__init_from": "x"}, "brings its own network"),
         ({"tokenizer__init_from": "x", "tokenizer__method": "lora", "tokenizer__depth": 2}, "leave depth out"),
         ({"tokenizer__init_from": "x", "tokenizer__lora": {"targets": ["z"]}}, r"tokenizer\.lora\.targets\.0"),
+        (
+            {"tokenizer__init_from": "out/tokenizer"},
+            r"tokenizer\.init_from lies in run\.output, .* choose another",
+        ),
+        (
+            {"predictor__phases": [{"steps": 1, "window": 16, "batch_size": 2}], "predictor__mixed_share": 0.2},
+            "mixed_share is for s2_conditioning: mixed, not teacher",
+        ),
         ({"tokenizer__early_stopping": {}}, r"tokenizer\.early_stopping\.patience: Field required"),
         ({"run__seed": "many"}, r"run\.seed: .* valid integer"),
         ({"run__name": "../x"}, r"run\.name: .* pattern"),
@@ -119,7 +128,7 @@ def test_the_command_reports_faults_without_a_traceback(tmp_path, capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "cluster/configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configurations_are_valid_and_hold_out_the_scored_series(path):
-    from cluster.card_scores import HELD_OUT_SEED
+    from cluster.evaluation.card_scores import HELD_OUT_SEED
 
     source = load_config(path).data.source
     assert source.kind != "simulated" or HELD_OUT_SEED not in (source.seed, source.validation_seed)
@@ -129,7 +138,7 @@ def test_shipped_configurations_are_valid_and_hold_out_the_scored_series(path):
     ("device", "resources", "expected"),
     [
         ("auto", {"CPU": 4.0, "GPU": 2.0}, (True, "cuda", False)),
-        ("auto", {"CPU": 4.0, "GPU": 1.0}, (False, "cpu", False)),
+        ("auto", {"CPU": 4.0, "GPU": 1.0}, (False, "cpu", True)),
         ("auto", {"CPU": 4.0}, (False, "cpu", False)),
         ("cuda", {"CPU": 4.0, "GPU": 2.0}, (True, "cuda", False)),
         ("cuda:1", {"CPU": 4.0}, (False, "cpu", True)),

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.config import parse_config
 from cluster.train import train
-from cluster.worker import Worker
+from cluster.training.config import parse_config
+from cluster.training.worker import Worker
 from model.errors import InputError
 from model.kronos import Kronos
 from model.tokenizer import KronosTokenizer

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from cluster import memory, precision
-from cluster.loop import run_stage
-from cluster.memory import saved_bytes, settle_batch_sizes, windows_that_fit
-from cluster.precision import resolve_training_precision
-from cluster.worker import DivergedError, Worker
+from cluster.training import memory, precision
+from cluster.training.loop import run_stage
+from cluster.training.memory import saved_bytes, settle_batch_sizes, windows_that_fit
+from cluster.training.precision import resolve_training_precision
+from cluster.training.worker import DivergedError, Worker
 from model.errors import InputError
 from tests.tiny_training import CPU, gradients, largest_relative, save_tokenizer, tiny_config, weights
 
@@ -149,7 +149,7 @@ def stage_settings(config, folder, tokenizer_folder):
 
 def memory_for(rows, monkeypatch):
     """A worker whose memory ends at so many windows: PyTorch's own error, from the place where it comes."""
-    from cluster.stages import PredictorTask
+    from cluster.training.stages import PredictorTask
 
     real = PredictorTask.loss
 
@@ -165,7 +165,7 @@ def memory_for(rows, monkeypatch):
 def test_out_of_memory_names_the_size_to_try(tmp_path, tokenizer_folder, monkeypatch, rows, given, advice):
     memory_for(rows, monkeypatch)
     config = tiny_config("predictor", steps=2, training={"micro_batch_size": given})
-    from cluster.group import Group
+    from cluster.training.group import Group
 
     outcome = run_stage(stage_settings(config, tmp_path, tokenizer_folder), Group(), print)
     assert isinstance(outcome["error"], InputError)

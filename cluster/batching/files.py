@@ -1,0 +1,230 @@
+"""The input of a batch forecast: which files there are, how they are laid out, and which symbols lie where.
+
+Three layouts, told apart by the columns:
+- single: time, open, high, low, close, and volume and amount if known; the file is one symbol, named after the file.
+- long: the same and a column with the symbol of each row.
+- wide: time, and per symbol the columns SYMBOL.open, SYMBOL.high, SYMBOL.low, SYMBOL.close (SYMBOL.volume,
+  SYMBOL.amount). A row in which all columns of a symbol are empty is no bar of it.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.dataset
+import pyarrow.parquet
+
+from model.errors import InputError
+from model.frames import PRICE_COLUMNS
+from model.types import COLUMNS
+
+PARQUET = (".parquet", ".pq")
+SUFFIXES = (".csv", *PARQUET)
+SCAN_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of the columns that are not candles."""
+
+    time: str = "timestamps"
+    symbol: str = "symbol"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file. layout: single | long | wide, or "" if it cannot be read, and then fault says why.
+
+    size: bytes that its rows take in memory, roughly. symbols: in the order in which they appear.
+    """
+
+    path: str
+    layout: str
+    symbols: tuple[str, ...]
+    size: int = 0
+    fault: InputError | None = None
+
+
+def find_files(patterns: Iterable[str]) -> list[Path]:
+    """Files, the .csv and .parquet files of folders (and of the folders in them), and globs, sorted, each once.
+
+    Raises InputError for a pattern that names nothing.
+    """
+    found: set[Path] = set()
+    for pattern in patterns:
+        path = Path(pattern)
+        # A file of that very name wins over what its brackets or stars would match.
+        matches = [path] if path.exists() else [Path(match) for match in glob.glob(pattern, recursive=True)]
+        files = {file for match in matches for file in _files_of(match)}
+        if not files:
+            raise InputError(
+                f"--input {pattern}: there is no .csv or .parquet file of that name, pattern or folder",
+                code="no_such_file",
+            )
+        found |= files
+    return sorted(file.resolve() for file in found)
+
+
+def _files_of(path: Path) -> Iterator[Path]:
+    if path.is_dir():
+        yield from (file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in SUFFIXES)
+    elif path.suffix.lower() in SUFFIXES:
+        yield path
+
+
+def scan(files: Sequence[Path], names: Layout) -> list[Source]:
+    """Layout and symbols of every file; only headers and symbol columns are read.
+
+    Raises InputError, the first file's, if no file can be read at all.
+    """
+    with ThreadPoolExecutor(SCAN_THREADS) as pool:
+        sources = list(pool.map(lambda file: _scan_file(file, names), files))
+    readable = [source for source in sources if source.fault is None]
+    if not readable:
+        raise sources[0].fault or InputError("there are no files", code="no_rows")
+    return sources
+
+
+def _scan_file(file: Path, names: Layout) -> Source:
+    try:
+        schema = _schema(file)
+        layout = layout_of(schema.names, names, str(file))
+        size = _size(file)
+        if layout == "single":
+            return Source(str(file), layout, (file.stem,), size)
+        if layout == "wide":
+            return Source(str(file), layout, tuple(wide_symbols(schema.names, names)), size)
+        symbols = tuple(_long_symbols(file, names))
+        if not symbols:
+            raise InputError(f"{file}: there are no rows: give at least one bar of history", code="no_rows")
+        return Source(str(file), layout, symbols, size)
+    except InputError as fault:
+        return Source(str(file), "", (file.stem,), fault=fault)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        return Source(str(file), "", (file.stem,), fault=unreadable(file, error))
+
+
+def unreadable(file: Path | str, error: Exception) -> InputError:
+    """What a reader of files says, as an error of ours."""
+    return InputError(f"{file} cannot be read: {str(error).strip().partition(chr(10))[0]}", code="unreadable_file")
+
+
+def layout_of(columns: Sequence[str], names: Layout, where: str) -> str:
+    """single | long | wide. Raises InputError that says which column is missing."""
+    if names.time not in columns:
+        raise InputError(
+            f"{where}: column {names.time!r} is missing: give each bar its time, or name its column with --time-column",
+            code="missing_column",
+            column=names.time,
+        )
+    if any(name in columns for name in PRICE_COLUMNS):
+        missing = next((name for name in PRICE_COLUMNS if name not in columns), None)
+        if missing is not None:
+            raise InputError(
+                f"{where}: column {missing!r} is missing: {', '.join(PRICE_COLUMNS)} are needed",
+                code="missing_column",
+                column=missing,
+            )
+        return "long" if names.symbol in columns else "single"
+    symbols = wide_symbols(columns, names)
+    for symbol in symbols:
+        missing = next((name for name in PRICE_COLUMNS if f"{symbol}.{name}" not in columns), None)
+        if missing is not None:
+            raise InputError(
+                f"{where}: column '{symbol}.{missing}' is missing: a wide table has SYMBOL.open, SYMBOL.high, "
+                "SYMBOL.low and SYMBOL.close for every symbol",
+                code="missing_column",
+                column=f"{symbol}.{missing}",
+            )
+    if not symbols:
+        raise InputError(
+            f"{where}: no candles: give the columns {', '.join(PRICE_COLUMNS)} (one symbol, or many with a column "
+            f"{names.symbol!r}), or SYMBOL.open, SYMBOL.high, SYMBOL.low, SYMBOL.close for every symbol; one price a "
+            "symbol is not enough for candles",
+            code="missing_column",
+            column="close",
+        )
+    return "wide"
+
+
+def wide_symbols(columns: Sequence[str], names: Layout) -> list[str]:
+    """The symbols of a wide table, in the order of their first columns; a symbol may hold dots itself."""
+    parts = (name.rpartition(".") for name in columns if name != names.time)
+    return list(dict.fromkeys(symbol for symbol, _, field in parts if symbol and field in COLUMNS))
+
+
+def schema_names(file: str) -> list[str]:
+    """The columns of a file. Raises pyarrow's errors."""
+    return list(_schema(Path(file)).names)
+
+
+def _schema(file: Path) -> pa.Schema:
+    if file.suffix.lower() in PARQUET:
+        return pyarrow.parquet.read_schema(file)
+    with pyarrow.csv.open_csv(file) as reader:
+        return reader.schema
+
+
+def _size(file: Path) -> int:
+    if file.suffix.lower() not in PARQUET:
+        return file.stat().st_size
+    metadata = pyarrow.parquet.read_metadata(file)
+    return sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+
+
+def _long_symbols(file: Path, names: Layout) -> list[str]:
+    seen: dict[str, None] = {}
+    for batch in dataset(file, names, None).to_batches(columns=[names.symbol]):
+        seen.update(dict.fromkeys(symbol_texts(pc.unique(batch.column(0)))))
+    return list(seen)
+
+
+def symbol_texts(values: pa.Array) -> list[str]:
+    """Symbols as text, as a filter on them reads it; a missing one is "", whose rows become one error row."""
+    return values.cast(pa.string()).fill_null("").to_pylist()
+
+
+def dataset(file: Path | str, names: Layout, number: pa.DataType | None) -> pyarrow.dataset.Dataset:
+    """A file as a dataset that can be read in pieces. number: type of the candle columns of a CSV; None infers it.
+
+    Times and symbols of a CSV stay text: "000001" is no number, and a time keeps its offset.
+    """
+    if Path(file).suffix.lower() in PARQUET:
+        return pyarrow.dataset.dataset(file, format="parquet")
+    types = {names.time: pa.string(), names.symbol: pa.string()}
+    if number is not None:
+        types |= {name: number for name in _schema(Path(file)).names if name.rpartition(".")[2] in COLUMNS}
+    options = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=["", "NaN", "nan"])
+    return pyarrow.dataset.dataset(file, format=pyarrow.dataset.CsvFileFormat(convert_options=options))
+
+
+def read_columns(file: str, names: Layout, columns: Sequence[str], wanted: Sequence[str] | None) -> pa.Table:
+    """Some columns of a file, and with `wanted` only the rows of those symbols.
+
+    The candles of a CSV are numbers, or all of them text where one is no number: then the symbol it belongs to can say
+    so, and the others can be read. Raises pyarrow's errors.
+    """
+    number: pa.DataType
+    for number in (pa.float64(), pa.string()):
+        try:
+            found = dataset(file, names, number)
+            keep = None if wanted is None else _symbol_is_in(found.schema, names, wanted)
+            return found.to_table(columns=list(columns), filter=keep)
+        except pa.ArrowInvalid:
+            if number == pa.string() or Path(file).suffix.lower() in PARQUET:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _symbol_is_in(schema: pa.Schema, names: Layout, wanted: Sequence[str]) -> pyarrow.dataset.Expression:
+    field = pyarrow.dataset.field(names.symbol)
+    texts = field if pa.types.is_string(schema.field(names.symbol).type) else field.cast(pa.string())
+    keep = texts.isin([symbol for symbol in wanted if symbol])
+    return keep | field.is_null() | (texts == "") if "" in wanted else keep

@@ -1,0 +1,1 @@
+"""The folder that a server serves; `cluster.export` and `cluster.promote` are the commands."""

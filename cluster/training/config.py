@@ -1,0 +1,377 @@
+"""The trainer's configuration: one YAML file, checked key by key before anything starts.
+
+Top-level keys: run, training, data, logging, tokenizer, predictor. The last two are stages, run in that order; leave
+one out to skip it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from cluster.candles.data_config import DataConfig, Strict
+from cluster.redact import redact
+from model.errors import InputError
+
+STAGES = {"tokenizer": "tokenizer", "predictor": "model"}
+"""Stage → folder of its network below run.output, in the order they run."""
+SOURCE_KINDS = ("simulated", "file", "qlib")
+"""Values of data.source.kind. pydantic puts them into the path of a fault, although the file has no such key."""
+
+
+def _count_or_auto(value: Any) -> int | str:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"must be a whole number from 1 or auto, not {value!r}")
+
+
+def _workers(value: Any) -> int | tuple[int, int]:
+    """A number, or the least and the most that an elastic run may have."""
+    if type(value) is int and value >= 0:
+        return value
+    if isinstance(value, list | tuple) and len(value) == 2 and all(type(n) is int for n in value):
+        low, high = value
+        if 1 <= low <= high:
+            return low, high
+    raise ValueError(
+        f"must be 0 (in this process), a number greater than or equal to 0, or [min, max] with 1 <= min <= max, "
+        f"not {value!r}"
+    )
+
+
+_AsItIs = PlainSerializer(lambda value: value)
+CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto), _AsItIs]
+Workers = Annotated[int | tuple[int, int], PlainValidator(_workers), _AsItIs]
+
+
+class TokenizerShape(Strict):
+    """Keyword arguments of model.KronosTokenizer."""
+
+    d_in: Literal[6] = 6
+    d_model: int = 256
+    n_heads: int = 4
+    ff_dim: int = 512
+    n_enc_layers: int = Field(default=4, ge=1)
+    n_dec_layers: int = Field(default=4, ge=1)
+    ffn_dropout_p: float = 0.0
+    attn_dropout_p: float = 0.0
+    resid_dropout_p: float = 0.0
+    s1_bits: int = Field(default=10, ge=1, le=16)
+    s2_bits: int = Field(default=10, ge=1, le=16)
+    beta: float = 0.05
+    gamma0: float = 1.0
+    gamma: float = 1.1
+    zeta: float = 0.05
+    group_size: int = 4
+
+
+class PredictorShape(Strict):
+    """Keyword arguments of model.Kronos; the token sizes come from the tokenizer."""
+
+    n_layers: int = Field(default=4, ge=1)
+    d_model: int = 256
+    n_heads: int = 4
+    ff_dim: int = 512
+    ffn_dropout_p: float = 0.0
+    attn_dropout_p: float = 0.0
+    resid_dropout_p: float = 0.0
+    token_dropout_p: float = 0.0
+    learn_te: bool = True
+
+
+class Phase(Strict):
+    """A stretch of training with one window length. window: bars the network reads at once."""
+
+    steps: int = Field(ge=1)
+    window: int = Field(ge=8)
+    batch_size: CountOrAuto = Field(
+        description="windows a step, over all workers; auto: as many as fit into the workers' memory, found once a run"
+    )
+
+
+class Optimisation(Strict):
+    learning_rate: float = Field(default=1e-3, gt=0)
+    final_share: float = Field(default=0.05, ge=0, le=1, description="last learning rate as a share of the peak")
+    warmup_steps: int = Field(default=100, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    weight_decay: float = Field(default=0.05, ge=0, description="on matrices only")
+    clip_norm: float = Field(default=1.0, gt=0)
+    max_skipped: int = Field(
+        default=10, ge=0, description="steps in a row with a gradient that is not finite; one more ends the run"
+    )
+
+
+class Lora(Strict):
+    """Low-rank adapters beside the linear layers of the transformer blocks (cluster.training.adapters)."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0, description="the adapters' output is scaled by alpha / rank")
+    targets: tuple[Literal["q", "k", "v", "o", "ffn"], ...] = Field(default=("q", "k", "v", "o", "ffn"), min_length=1)
+
+
+class EarlyStopping(Strict):
+    """Ends a stage once validation stops improving."""
+
+    patience: int = Field(ge=1, description="validations in a row that may fail to improve")
+    min_delta: float = Field(default=0.0, ge=0, description="what counts as better than the best before")
+
+
+class Stage(Strict):
+    phases: tuple[Phase, ...] = Field(min_length=1)
+    optimisation: Optimisation = Optimisation()
+    init_from: Path | None = Field(default=None, description="folder of weights to start from; default: from scratch")
+    method: Literal["full", "lora"] = Field(default="full", description="train the weights, or adapters beside them")
+    lora: Lora | None = Field(default=None, description="with method: lora; default: rank 8 on q, k, v, o and ffn")
+    depth: int | None = Field(
+        default=None, ge=1, le=5, description="what method: full trains: 1 the heads only … 5 everything (the default)"
+    )
+    early_stopping: EarlyStopping | None = Field(default=None, description="default: all steps are made")
+    keep: int = Field(default=2, ge=1, description="checkpoints kept: this many of the best, and the last")
+    validate_every: int = Field(default=200, ge=1, description="steps from one validation and checkpoint to the next")
+    validation_windows: int = Field(default=128, ge=1)
+    log_every: int = Field(default=20, ge=1)
+
+    @property
+    def steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+    @model_validator(mode="after")
+    def _options_that_belong_together(self) -> Stage:
+        fresh = self.init_from is None
+        if self.method == "lora" and fresh:
+            raise ValueError("method: lora needs init_from, the folder of the weights that the adapters stand beside")
+        if self.method == "lora" and self.depth is not None:
+            raise ValueError("depth is for method: full; with lora the adapters alone are trained: leave depth out")
+        if self.method == "full" and self.lora is not None:
+            raise ValueError("lora options are given, but method is full: set method: lora or leave them out")
+        if fresh and self.depth not in (None, 5):
+            raise ValueError("depth below 5 freezes weights, and without init_from they are random: give init_from")
+        if not fresh and getattr(self, "network", None) is not None:
+            raise ValueError("init_from brings its own network (config.json): leave network out")
+        return self
+
+
+class ColumnWeights(Strict):
+    """How much each column's squared error counts; only their proportions matter."""
+
+    open: float = Field(default=1.0, ge=0)
+    high: float = Field(default=1.0, ge=0)
+    low: float = Field(default=1.0, ge=0)
+    close: float = Field(default=1.0, gt=0)
+    volume: float = Field(default=1.0, ge=0)
+    amount: float = Field(default=1.0, ge=0)
+
+
+class TokenizerStage(Stage):
+    network: TokenizerShape | None = Field(default=None, description="default: the shape above, or init_from's")
+    column_weights: ColumnWeights | None = Field(default=None, description="default: all alike, as published")
+
+
+class PredictorStage(Stage):
+    network: PredictorShape | None = Field(default=None, description="default: the shape above, or init_from's")
+    tokenizer: Path | None = Field(default=None, description="folder of the tokenizer; default: the one this run makes")
+    s2_conditioning: Literal["teacher", "sampled", "mixed"] = Field(
+        default="teacher",
+        description="what s2 is conditioned on: the true s1, or one drawn as the published trainer does, or either",
+    )
+    mixed_share: float = Field(default=0.5, ge=0, le=1, description="with mixed: share of positions with a drawn s1")
+    cross_attention: Literal["consistent", "published"] = Field(
+        default="consistent",
+        description="rotary of the s2 head: none, as forecasts are made; or as the published trainer has it",
+    )
+
+    @model_validator(mode="after")
+    def _share_of_a_mixture(self) -> PredictorStage:
+        if self.s2_conditioning != "mixed" and self.mixed_share != 0.5:
+            raise ValueError(f"mixed_share is for s2_conditioning: mixed, not {self.s2_conditioning}: leave it out")
+        return self
+
+
+class RunConfig(Strict):
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    storage: Path = Field(default=Path("runs"), description="folder of runs, which all nodes of a cluster must share")
+    output: Path = Field(description="folder that gets tokenizer/ and model/ at the end")
+    seed: int = Field(default=0, ge=0)
+
+
+class TrainingConfig(Strict):
+    """Where and how it is computed."""
+
+    device: str = Field(default="auto", description="auto, cpu, cuda, mps; what is absent becomes cpu, with a warning")
+    require_gpu: bool = Field(default=False, description="an absent GPU is an error instead")
+    num_workers: Workers = Field(
+        default=1, description="0: in this process, without Ray; [min, max]: as many as the cluster has room for"
+    )
+    cpus_per_worker: float = Field(default=1, gt=0)
+    threads: int | None = Field(default=None, ge=1, description="torch threads a worker; default: cpus_per_worker")
+    ray_address: str | None = Field(default=None, description="cluster to join; default: a private one on this machine")
+    max_failures: int = Field(default=1, ge=0, description="restarts of the workers from the last checkpoint")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    micro_batch_size: CountOrAuto | None = Field(
+        default=None, description="windows a worker computes at once, gradients add up; default: all of its share"
+    )
+
+    @property
+    def most_workers(self) -> int:
+        return max(1, self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1])
+
+
+class LoggingConfig(Strict):
+    """Where metrics go beside metrics.jsonl in the run's folder, which is always written."""
+
+    loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        default=(), description="each needs the extra of its name: pip install 'kronos-ray-serve[tensorboard]'"
+    )
+    project: str = Field(default="kronos", min_length=1, description="MLflow's experiment, W&B's project")
+    mlflow_uri: str | None = Field(default=None, description="tracking server; default: mlflow.db in the run's folder")
+    wandb_mode: Literal["offline", "online"] = "offline"
+
+    @field_validator("mlflow_uri")
+    @classmethod
+    def _without_password(cls, uri: str | None) -> str | None:
+        if uri is not None and redact(uri, {}) != uri:
+            raise ValueError(
+                "leave user and password out: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD say them"
+            )
+        return uri
+
+
+class TrainConfig(Strict):
+    run: RunConfig
+    training: TrainingConfig = TrainingConfig()
+    data: DataConfig
+    logging: LoggingConfig = LoggingConfig()
+    tokenizer: TokenizerStage | None = None
+    predictor: PredictorStage | None = None
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> TrainConfig:
+        if self.tokenizer is None and self.predictor is None:
+            raise ValueError("give a tokenizer stage, a predictor stage or both")
+        if self.predictor is not None and self.tokenizer is None and self.predictor.tokenizer is None:
+            raise ValueError("predictor.tokenizer must name a folder when no tokenizer is trained")
+        return self
+
+    @model_validator(mode="after")
+    def _parents_stay(self) -> TrainConfig:
+        for name, folder in STAGES.items():
+            stage: Stage | None = getattr(self, name)
+            if stage is None or stage.init_from is None:
+                continue
+            if stage.init_from.resolve() == (self.run.output / folder).resolve():
+                raise ValueError(
+                    f"{name}.init_from lies in run.output, which would overwrite it: choose another run.output"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _a_window_for_every_worker(self) -> TrainConfig:
+        workers = self.training.most_workers
+        for name in STAGES:
+            for number, phase in enumerate(getattr(self, name).phases if getattr(self, name) else ()):
+                if phase.batch_size != "auto" and phase.batch_size < workers:
+                    raise ValueError(
+                        f"{name}.phases.{number}.batch_size: {phase.batch_size} windows cannot be shared by {workers} "
+                        "workers: raise it to their number"
+                    )
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads a YAML file and applies overrides such as "run.seed=3" (the value is YAML too).
+
+    Raises InputError for what cannot be read, unknown keys (with the nearest known one) and wrong values.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", code="unreadable_config") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {error}", code="unreadable_config") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} must hold keys and values", code="unreadable_config")
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Sets one value in place; list items go by their number, as in tokenizer.phases.0.steps=5."""
+    dotted, separator, text = override.partition("=")
+    keys = dotted.split(".")
+    if not separator or not all(keys):
+        raise InputError(f"override {override!r} must look like section.key=value", code="bad_override")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: the value is not YAML: {error}", code="bad_override") from error
+    place: Any = raw
+    for depth, key in enumerate(keys):
+        if isinstance(place, list) and not (key.isdigit() and int(key) < len(place)):
+            raise InputError(f"override {override!r}: there is no item {key!r}", code="bad_override")
+        if not isinstance(place, dict | list):
+            raise InputError(f"override {override!r}: {keys[depth - 1]!r} is a value, no section", code="bad_override")
+        at: Any = int(key) if isinstance(place, list) else key
+        if depth == len(keys) - 1:
+            place[at] = value
+        else:
+            place = place[at] if isinstance(place, list) else place.setdefault(at, {})
+
+
+def parse_config(raw: dict[str, Any]) -> TrainConfig:
+    """Checks a nested dict. Raises InputError that lists every fault."""
+    try:
+        return TrainConfig.model_validate(raw)
+    except ValidationError as error:
+        faults = [_describe(raw, fault) for fault in error.errors()]
+        raise InputError("configuration: " + "; ".join(faults), code="bad_config") from None
+
+
+def _describe(raw: dict[str, Any], fault: Any) -> str:
+    path = [part for part in fault["loc"] if part not in SOURCE_KINDS]
+    name = ".".join(str(part) for part in path) or "the file"
+    if fault["type"] != "extra_forbidden":
+        return f"{name}: {fault['msg'].removeprefix('Value error, ')}"
+    if path[0] == "run" and path[-1] in TrainingConfig.model_fields:
+        return f"{name} is not a key: it stands at training.{path[-1]}"
+    known = _known_keys(TrainConfig, [str(part) for part in fault["loc"][:-1]])
+    near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.0)
+    return f"{name} is not a key; the nearest known one is {near[0]!r}" if near else f"{name} is not a key"
+
+
+def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Field names of the model that the path leads to; list indices and union tags are stepped over."""
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None:  # an index or a union's tag
+            continue
+        choices = _models_in(field.annotation)
+        if not choices:
+            return []
+        tag = next((p for p in path if p in SOURCE_KINDS), None)
+        tagged = [m for m in choices if "kind" in m.model_fields and tag in get_args(m.model_fields["kind"].annotation)]
+        model = (tagged or choices)[0]
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, tuple, Annotated):
+        return [model for part in get_args(annotation) for model in _models_in(part)]
+    return []

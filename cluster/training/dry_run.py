@@ -1,0 +1,83 @@
+"""A run in small before the run at large: same data, networks and code, two steps a phase, in this process."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from cluster.candles.bars import SymbolBars
+from cluster.data import load_splits
+from cluster.train import train
+from cluster.training.config import STAGES, TrainConfig, parse_config
+from cluster.training.loggers import logger_packages
+from model.checkpoint import WEIGHTS_FILE
+from model.errors import KronosError
+from model.kronos import Kronos
+from model.predictor import KronosPredictor
+from model.registry import sha256_of
+from model.tokenizer import KronosTokenizer
+from model.types import Sampling, Series
+
+STEPS = 2
+VALIDATION_WINDOWS = 8
+HISTORY, HORIZON = 64, 4
+
+
+def dry_run(config: TrainConfig) -> Iterator[str]:
+    """Yields a line for each thing that has worked; raises what the run would raise. Leaves no files."""
+    since = time.monotonic()
+    logger_packages(config.logging)  # they are there; a trial is no run to show to a tracking server
+    splits = load_splits(config.data)
+    sizes = ", ".join(f"{name} {sum(len(bars) for bars in split.series):,} bars" for name, split in splits.items())
+    yield f"data: {len(splits['train'].series)} symbols, {sizes}"
+    with tempfile.TemporaryDirectory(prefix="kronos-dry-run-") as folder:
+        small = _small(config, Path(folder))
+        made = train(small, command="dry run")
+        yield f"trained {STEPS} steps a phase of {', '.join(made)}, saved"
+        digests = {stage: sha256_of(path / WEIGHTS_FILE) for stage, path in made.items()}
+        again = train(small, command="dry run")
+        if digests != {stage: sha256_of(path / WEIGHTS_FILE) for stage, path in again.items()}:
+            raise KronosError("the checkpoint that was read back gives other weights than the one that was saved")
+        yield "reloaded: the weights are the same"
+        yield _use(small, made, max(splits["validation"].series, key=len))
+    yield f"dry run: ok, {time.monotonic() - since:.1f} s"
+
+
+def _small(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Two steps of every phase, since each has a window and a batch of its own, and little validation; without Ray."""
+    raw = config.model_dump(mode="json")
+    raw["run"] |= {"storage": str(folder / "runs"), "output": str(folder / "out")}
+    raw["logging"]["loggers"] = []
+    if raw["training"]["num_workers"] != 0:  # the GPUs are the cluster's, and need not be this machine's
+        raw["training"] |= {"num_workers": 0, "require_gpu": False}
+    for stage in STAGES:
+        if raw[stage] is None:
+            continue
+        phases = [phase | {"steps": STEPS} for phase in raw[stage]["phases"]]
+        raw[stage] |= {
+            "phases": phases,
+            "validate_every": STEPS * len(phases),
+            "validation_windows": VALIDATION_WINDOWS,
+            "log_every": 1,
+        }
+    return parse_config(raw)
+
+
+def _use(config: TrainConfig, made: dict[str, Path], bars: SymbolBars) -> str:
+    """Forecasts the last bars of a series with the pair; with a tokenizer alone it must load."""
+    tokenizer_folder = made.get("tokenizer") or (config.predictor and config.predictor.tokenizer)
+    tokenizer = KronosTokenizer.from_pretrained(str(tokenizer_folder))
+    if "predictor" not in made:
+        return f"loaded the tokenizer: {tokenizer.s1_bits} + {tokenizer.s2_bits} bits"
+    predictor = KronosPredictor(Kronos.from_pretrained(made["predictor"]), tokenizer, device=config.training.device)
+    first = max(0, len(bars) - HORIZON - HISTORY)
+    history, marks = bars.candles[first:-HORIZON], bars.marks[first:]
+    series = Series(history, marks[:-HORIZON], marks[-HORIZON:])
+    paths = predictor.forecast_series(series, Sampling(samples=1, seed=0)).values
+    if not np.isfinite(paths).all():
+        raise KronosError("the forecast of one window is not finite")
+    return f"forecast {HORIZON} bars from {len(history)}: close {paths[0, -1, 3]:.6g} after {history[-1, 3]:.6g}"
