@@ -1,5 +1,7 @@
 """On a CUDA machine: the engine there against the plain loop on the CPU. Skipped, with the reason, anywhere else."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -82,3 +84,30 @@ def test_captured_steps_in_bf16(golden, window):
     paths = predictor.forecast(*window, sample_count=8, seed=3).paths
     assert predictor.engine.warnings == ()
     assert np.isfinite(paths).all()
+
+
+def captured_tokens(golden, bars, device):
+    model, tokenizer = load_pair(golden)
+    engine = Engine(model.to(device).eval(), tokenizer.to(device).eval(), EngineConfig(cache_bytes=2**26), device)
+    series = series_from_frame(bars[:80], bars.timestamps[:80], bars.timestamps[80:][:20])
+    requests = [Request(series, Sampling(samples=samples, seed=samples)) for samples in (1, 3, 9)]
+    engine.run(requests)
+    assert engine.warnings == ()
+    return [request.tokens for request in requests]
+
+
+def test_engines_of_several_threads_capture_at_the_same_time(golden, bars):
+    device = torch.device("cuda:0")
+    expected = captured_tokens(golden, bars, device)
+    with ThreadPoolExecutor(3) as pool:
+        for tokens in pool.map(lambda _: captured_tokens(golden, bars, device), range(3)):
+            for actual, wanted in zip(tokens, expected, strict=True):
+                np.testing.assert_array_equal(actual, wanted)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has no second CUDA device")
+def test_graphs_are_captured_on_the_engines_own_device(golden, bars):
+    first, second = (captured_tokens(golden, bars, torch.device("cuda", index)) for index in range(2))
+    for tokens, expected in zip(second, first, strict=True):
+        assert len(np.unique(tokens[0], axis=0)) > 1
+        assert (tokens == expected).mean() > 0.95
