@@ -22,8 +22,10 @@ from model.layers import Attention, FeedForward, TransformerBlock
 Pack = Callable[[nn.Linear], nn.Module]
 
 # torch keeps oneDNN's products in a cache of 1,024 shapes for every thread that ever drove the engine, half a megabyte
-# each: 600 ragged requests from 8 threads held 3 GB. A step needs about ten shapes. Read at the first product.
+# each: 600 ragged requests from 8 threads held 3 GB. A step needs about ten shapes. oneDNN itself keeps as many kernels
+# again, once for all threads. Both are read at the first product.
 os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 class PackedLinear(nn.Module):
