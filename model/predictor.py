@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -76,7 +75,7 @@ class KronosPredictor:
         compile: prepares steps with torch.compile on first use, minutes the first time; engine.warnings says if it
         could not.
         throughput: for many series at once rather than for short waits: a history is computed in one piece, so that its
-        rounding does not depend on what runs beside it, and any amount of work may wait.
+        rounding does not depend on what runs beside it.
         """
         if max_context < 1:
             raise ValueError(f"max_context must be at least 1, not {max_context}")
@@ -103,7 +102,7 @@ class KronosPredictor:
             compile_rows=COMPILED_ROWS if compile else (),
         )
         if throughput:
-            self._config = replace(self._config, prefill_chunk=max_context, max_queued_work=sys.maxsize)
+            self._config = replace(self._config, prefill_chunk=max_context)
         self._engine: Engine | None = None
         self._engine_weights: tuple[tuple[int, int], ...] = ()
         self._engine_lock = threading.Lock()

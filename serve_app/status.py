@@ -65,9 +65,8 @@ class Status:
     def readiness(self) -> tuple[dict[str, Any], bool]:
         views = self._ordered()
         states = {alias: _state(views, alias) for alias in self.config.always_on}
-        # A service that sleeps because nobody asks is ready: the next request wakes it.
         awake = all(state == "loaded" for state in states.values())
-        ready = (awake or (self.config.may_sleep and not views)) and not self.drain.draining
+        ready = (awake or self._asleep(views)) and not self.drain.draining
         first = views[0].device if views else None
         body = {
             "status": "draining" if self.drain.draining else "ok" if ready else "loading",
@@ -78,20 +77,25 @@ class Status:
         }
         return body, ready
 
+    def _asleep(self, views: Sequence[ReplicaView]) -> bool:
+        """A service that sleeps because nobody asks is well: the next request wakes it."""
+        return self.config.may_sleep and not views
+
     def health(self) -> dict[str, Any]:
         views = self._ordered()
         default = self.config.default_model
         loaded = _state(views, default) == "loaded"
+        model_ok = loaded or self._asleep(views)
         facts = next((view.models[default] for view in views if _state([view], default) == "loaded"), {})
         process, system, disk = psutil.Process(), psutil.virtual_memory(), psutil.disk_usage("/")
         memory_ok, disk_ok = system.percent < 95, disk.percent < 95
         device = views[0].device if views else None
         return {
-            "status": "healthy" if loaded and memory_ok and disk_ok else "degraded",
+            "status": "healthy" if model_ok and memory_ok and disk_ok else "degraded",
             "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
             "uptime_seconds": round(time.monotonic() - _STARTED, 1),
             "checks": {
-                "model": {"status": _word(loaded), "loaded": loaded, "version": facts.get("model_version")},
+                "model": {"status": _word(model_ok), "loaded": loaded, "version": facts.get("model_version")},
                 "memory": {
                     "status": _word(memory_ok),
                     "process_mb": _mb(process.memory_info().rss),

@@ -71,18 +71,10 @@ class Engine:
     def submit(self, requests: Sequence[Request]) -> None:
         """Puts requests into the queue, all of them or none."""
         with self._books:
-            taken: list[Request] = []
-            try:
-                for request in requests:
-                    self._scheduler.submit(request)
-                    taken.append(request)
-            except Exception:
-                for request in taken:
-                    self._scheduler.remove(request)
-                raise
+            self._scheduler.submit(requests)
             if not self._live:
                 self._progressed_at = time.monotonic()
-            self._live += len(taken)
+            self._live += len(requests)
 
     def wait(self, requests: Sequence[Request]) -> None:
         """Drives the engine, or lets another thread drive it, until all of the requests have ended."""

@@ -9,7 +9,7 @@ first one's bars, and steps of all their rows cost less.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from model.engine.kv_cache import Arena, Block
@@ -75,24 +75,29 @@ class Scheduler:
     def running_rows(self) -> int:
         return sum(request.rows for request in self.admitted)
 
-    def submit(self, request: Request) -> None:
-        """Appends to the queue. Raises RequestTooLargeError or QueueFullError; the request is then not in the queue."""
-        size = self._cache_size(request)
-        if size > self._arena.capacity:
-            raise RequestTooLargeError(
-                f"{request.rows} paths over {request.history} + {request.horizon} bars need "
-                f"{size / self._arena.capacity:.1f} times the cache that there is: ask for fewer paths or bars, or "
-                "give the engine more"
-            )
-        if self._queue and self.queued_work + request.work > self._config.max_queued_work:
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Appends to the queue, all or none. Raises RequestTooLargeError or QueueFullError.
+
+        The bound is on what others let wait: into an empty queue goes any number at once.
+        """
+        for request in requests:
+            size = self._cache_size(request)
+            if size > self._arena.capacity:
+                raise RequestTooLargeError(
+                    f"{request.rows} paths over {request.history} + {request.horizon} bars need "
+                    f"{size / self._arena.capacity:.1f} times the cache that there is: ask for fewer paths or bars, or "
+                    "give the engine more"
+                )
+        waiting, more = self.queued_work, sum(request.work for request in requests)
+        if self._queue and waiting + more > self._config.max_queued_work:
             raise QueueFullError(
-                f"{self.queued_work} rows × steps are waiting already, and {request.work} more would pass the bound of "
-                f"{self._config.max_queued_work}: ask again later, for less at a time, or give the engine more "
-                "(KronosPredictor with throughput=True takes any amount)"
+                f"{waiting} rows × steps are waiting already, and {more} more would pass the bound of "
+                f"{self._config.max_queued_work}: ask again later, or for less at a time"
             )
-        self._queue.append(request)
-        self._submitted += 1
-        self._order[request] = self._submitted
+        for request in requests:
+            self._queue.append(request)
+            self._submitted += 1
+            self._order[request] = self._submitted
 
     def admit(self) -> None:
         """Moves requests from the queue to prefilling, as far as rows and cache allow."""

@@ -58,7 +58,8 @@ class EngineConfig:
 
     max_context: bars that the model sees at once. clip: bound on normalised values.
     precision: fp32 | bf16 | int8. cache_bytes: the arena of keys and values, allocated once.
-    max_rows: sample paths that step together. max_queued_work: rows × steps that may wait; more is refused.
+    max_rows: sample paths that step together. max_queued_work: rows × steps that may wait; more is
+        refused, unless nothing waits.
     prefill_chunk: rows × bars computed between two steps, so that a long history does not stall the others; None: by
         the model's size.
     graphs: steps of fixed shapes, captured as CUDA graphs where there is CUDA; None: there only.

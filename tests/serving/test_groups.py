@@ -206,6 +206,7 @@ def replicas(client):
 def test_a_group_sleeps_and_the_next_request_wakes_it(sleepy, request_body, wait):
     wait(lambda: not replicas(sleepy), 60)
     assert sleepy.get("/v1/readyz").status_code == 200
+    assert sleepy.get("/v1/healthz/detailed").json()["status"] == "healthy"
     started = time.monotonic()
     assert sleepy.post("/v1/forecast", json=request_body(16, 1)).status_code == 200
     took = time.monotonic() - started

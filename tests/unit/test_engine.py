@@ -311,9 +311,13 @@ def test_cancelled_rows_leave_within_one_step(tiny, series_of):
 def test_full_queue_and_too_large_requests_are_refused_whole(tiny, series_of):
     running = engine(tiny, max_queued_work=100)
     fitting = [Request(series_of(0, 30, 10), Sampling(samples=6, seed=i)) for i in range(3)]
-    with pytest.raises(QueueFullError):
-        running.submit(fitting)
-    assert running.queued_work() == 0
+    running.submit(fitting[:1])
+    with pytest.raises(QueueFullError, match="60 rows"):
+        running.submit(fitting[1:])
+    assert running.queued_work() == 60
+    idle = engine(tiny, max_queued_work=100)
+    idle.run(fitting[1:])
+    assert all(request.state is State.FINISHED for request in fitting[1:])
     small = engine(tiny, cache_bytes=2**16)
     with pytest.raises(RequestTooLargeError, match="fewer paths"):
         small.run([Request(series_of(0, 100, 50), Sampling(samples=50, seed=0))])

@@ -13,7 +13,6 @@ from serve_app import routing
 from serve_app.admission import Admission
 from serve_app.errors import ServiceError
 from serve_app.jobs import Answered, Bars, Chunk, DeviceFacts, Done, Failed, Identity, Job, Resume, Task
-from serve_app.listing import REPLICAS
 from serve_app.routing import RayBackend, deployment_name
 
 FACTS = DeviceFacts("cpu", "cpu", "a processor", "fp32", "exact", False, False, False)
@@ -76,8 +75,13 @@ class Waker:
         return Response(None)
 
 
+REPLICAS = {}
+"""The listing of these tests. The process's own may be written to by a router of another test's cluster."""
+
+
 @pytest.fixture(autouse=True)
 def listing(monkeypatch):
+    monkeypatch.setattr(routing, "REPLICAS", REPLICAS)
     monkeypatch.setattr(routing, "POLL_S", 0.01)
     monkeypatch.setattr(routing, "WATCH_S", 0.02)
     monkeypatch.setattr(routing, "LEFT_ALONE_S", 0.1)
