@@ -28,6 +28,7 @@ from serve_app.limits import ClientLimits
 from serve_app.live_config import InvalidUserConfigError, LiveConfig
 from serve_app.logs import configure_logging, log
 from serve_app.metrics import Metrics
+from serve_app.proxy import CALLBACK, CALLBACK_VARIABLE
 from serve_app.routing import RayBackend, deployment_name
 from serve_app.status import public_settings
 
@@ -90,6 +91,7 @@ class Ingress:
             config,
             (*self._live.warnings, *self._plan.warnings, *notes),
             behind_serve=True,
+            behind_door=os.environ.get(CALLBACK_VARIABLE) == CALLBACK,
             metrics=self._metrics,
             drain=self._drain,
             keys=self._keys,

@@ -63,6 +63,9 @@ HEADERS = {
 }
 """Headers that go with an error, Retry-After aside."""
 
+CROWDED = "x-kronos-crowded"
+"""Header of a queue_full answer: an ordinary request would find no room either. serve_app.door takes it off."""
+
 Loc = tuple[str | int, ...]
 
 
@@ -86,11 +89,18 @@ class ServiceError(Exception):
     """An answer other than 2xx. code is a key of STATUS."""
 
     def __init__(
-        self, code: str, message: str, *, fields: Sequence[FieldError] = (), retry_after_s: float | None = None
+        self,
+        code: str,
+        message: str,
+        *,
+        fields: Sequence[FieldError] = (),
+        retry_after_s: float | None = None,
+        crowded: bool = False,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
+        self.crowded = crowded
         self.fields = tuple(fields[:MAX_FIELD_ERRORS])
         self.retry_after_s = retry_after_s if retry_after_s is not None else RETRY_AFTER_S.get(code)
 
@@ -101,7 +111,8 @@ class ServiceError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         retry = {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
-        return {**HEADERS.get(self.code, {}), **retry}
+        crowded = {CROWDED: "1"} if self.crowded else {}
+        return {**HEADERS.get(self.code, {}), **retry, **crowded}
 
     def body(self, request_id: str) -> dict[str, Any]:
         fields = [field.as_json() for field in self.fields]

@@ -36,6 +36,7 @@ def create_app(
     warnings: Sequence[str] = (),
     *,
     behind_serve: bool = False,
+    behind_door: bool = False,
     metrics: Metrics | None = None,
     drain: Drain | None = None,
     keys: KeyRing | None = None,
@@ -43,9 +44,9 @@ def create_app(
 ) -> FastAPI:
     """The ASGI application.
 
-    warnings: what the plan and the environment had to say, shown at /v1/info. behind_serve: see RequestContext.
-    metrics, clients: to go on counting where another application stopped. drain: for whoever wants to stop it
-    (serve_app.run). keys: in place of those that config.auth names. Raises KeyFileError.
+    warnings: what the plan and the environment had to say, shown at /v1/info. behind_serve, behind_door: see
+    RequestContext. metrics, clients: to go on counting where another application stopped. drain: for whoever wants to
+    stop it (serve_app.run). keys: in place of those that config.auth names. Raises KeyFileError.
     """
     metrics = metrics or Metrics()
     drain = drain or Drain()
@@ -71,7 +72,8 @@ def create_app(
     if keys is not None:
         app.add_middleware(Authentication, keys=keys, metrics=metrics)
     routes = frozenset(getattr(route, "path", "") for route in app.routes)
-    app.add_middleware(RequestContext, metrics=metrics, routes=routes, behind_serve=behind_serve)
+    around = {"behind_serve": behind_serve, "behind_door": behind_door}
+    app.add_middleware(RequestContext, metrics=metrics, routes=routes, **around)
     return app
 
 

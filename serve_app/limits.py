@@ -59,7 +59,8 @@ class ClientLimits:
         if own and limits.security_enabled and self._running[client] >= own:
             raise ServiceError("concurrency_limited", f"over the limit of {own} requests at once: wait for one to end")
         if self._running.total() >= limits.max_concurrent:
-            raise ServiceError("queue_full", f"the service is answering {limits.max_concurrent} requests already")
+            message = f"the service is answering {limits.max_concurrent} requests already"
+            raise ServiceError("queue_full", message, crowded=True)
         self._running[client] += 1
         try:
             yield

@@ -119,9 +119,9 @@ class Metrics:
         for event in SECURITY_EVENTS:
             self.security_events.labels(event, self.container)
 
-    def error(self, code: str) -> None:
-        """Counts an error by its code; what is no code of ours is one that nobody caught."""
-        self.errors.labels(code if code in STATUS or code == CLIENT_GONE else "internal").inc()
+    def error(self, code: str, count: int = 1) -> None:
+        """Counts errors by their code; what is no code of ours is one that nobody caught."""
+        self.errors.labels(code if code in STATUS or code == CLIENT_GONE else "internal").inc(count)
 
     def watch(self, collector: Collector) -> None:
         """Lets this collector answer scrapes too, in place of the one before it."""

@@ -7,20 +7,24 @@ import json
 import logging
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.connection import ClientGoneError
-from serve_app.errors import ServiceError
+from serve_app.errors import STATUS, ServiceError
 from serve_app.keys import Key
 from serve_app.logs import log
 from serve_app.metrics import Metrics
 
 MAX_REQUEST_ID = 64
 NOTHING_COMPUTED = "queue;dur=0.00, batch;dur=0.00, compute;dur=0.00"
+REFUSED_AT_DOOR = "x-kronos-refused-at-door"
+"""Header of a request: how many serve_app.door has refused since the last one, as JSON by route."""
 CLIENT_GONE = 499
 """Status in log and metrics of a request whose client closed the connection; nothing is sent."""
 _OPTIONAL_FIELDS = (
@@ -71,12 +75,23 @@ def request_id_of(headers: Headers) -> str:
 class RequestContext:
     """Puts a Record into scope["state"]["record"], and closes it when the answer is out."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: frozenset[str], behind_serve: bool = False) -> None:
-        """behind_serve: Ray's proxy adds the caller's X-Request-ID to every answer, so ours would be there twice."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        routes: frozenset[str],
+        behind_serve: bool = False,
+        behind_door: bool = False,
+    ) -> None:
+        """behind_serve: Ray's proxy adds the caller's X-Request-ID to every answer, so ours would be there twice.
+
+        behind_door: clients cannot send REFUSED_AT_DOOR, because serve_app.proxy takes it off.
+        """
         self.app = app
         self.metrics = metrics
         self.routes = routes
         self.behind_serve = behind_serve
+        self.behind_door = behind_door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -89,6 +104,8 @@ class RequestContext:
         record = Record(request_id_of(headers), route)
         add_id = not self.behind_serve or headers.get("x-request-id") != record.request_id
         scope.setdefault("state", {})["record"] = record
+        if self.behind_door and REFUSED_AT_DOOR in headers:
+            self._count_refused(json.loads(headers[REFUSED_AT_DOOR]))
         if route == "unmatched" and (".." in path or "\\" in path or not path.isprintable()):
             self.metrics.security_event("suspicious_path")
 
@@ -115,17 +132,24 @@ class RequestContext:
             if not begun:
                 await send({"type": "http.response.start", "status": CLIENT_GONE, "headers": []})
             await send({"type": "http.response.body", "body": b""})
-        except Exception as error:
+        except Exception as unhandled:
             # The last line of defence: a client never sees a stack, the log always does.
-            record.details.update(error_type=type(error).__name__, error_message=str(error)[:500])
+            record.details.update(error_type=type(unhandled).__name__, error_message=str(unhandled)[:500])
             logging.getLogger("kronos").exception(
                 "unhandled error", extra={"fields": {"request_id": record.request_id}}
             )
             if record.status:
                 raise  # the answer has begun; only closing the connection tells the client that it is not whole
-            await _send(send_recorded, ServiceError("internal", "internal error; quote the request id"), record)
+            internal = ServiceError("internal", "internal error; quote the request id")
+            await send_error(send_recorded, internal, record.request_id)
         finally:
             self._close(record, scope)
+
+    def _count_refused(self, refused: Mapping[str, int]) -> None:
+        for route, count in refused.items():
+            self.metrics.requests.labels(route, str(STATUS["queue_full"])).inc(count)
+            self.metrics.error("queue_full", count)
+        log(logging.INFO, "refused at the door, because all replicas were full", requests=sum(refused.values()))
 
     def _close(self, record: Record, scope: Scope) -> None:
         seconds = record.seconds()
@@ -154,12 +178,15 @@ class RequestContext:
 async def refuse(send: Send, error: ServiceError, record: Record) -> None:
     """The answer of a middleware that lets a request go no further."""
     record.details.update(error_type=error.code, error_message=error.message)
-    await _send(send, error, record)
+    await send_error(send, error, record.request_id)
 
 
-async def _send(send: Send, error: ServiceError, record: Record) -> None:
-    body = json.dumps(error.body(record.request_id)).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+async def send_error(
+    send: Send, error: ServiceError, request_id: str, headers: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """The whole answer that an error is."""
+    body = json.dumps(error.body(request_id)).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers, **headers}
     encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": encoded})
     await send({"type": "http.response.body", "body": body})

@@ -1,11 +1,12 @@
-"""What Ray takes off a request before it looks at it: in its HTTP proxy, or with HAProxy in every ingress replica.
+"""What happens to a request before Ray looks at it: in its HTTP proxy, or with HAProxy in every ingress replica.
 
 Any client may send headers that Ray reads as orders: to drop its time limit, to go on computing for one that has left,
 to prefer a replica. The ingress keeps its own deadlines and watches the connection itself, so none does harm; here they
 end at the door. An X-Request-ID that we would not take goes too, because Ray sends back whatever it was given, and so
-does a trace context that is not ASCII, because Ray would answer 500 to what it cannot decode.
+does a trace context that is not ASCII, because Ray would answer 500 to what it cannot decode. And where the service is
+full, serve_app.door refuses here.
 
-Ray loads this where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.proxy:middlewares is set when it starts.
+Ray loads this where CALLBACK stands in the environment variable CALLBACK_VARIABLE when it starts.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app.middleware import usable_request_id
+from serve_app.door import LoadShedding
+from serve_app.middleware import REFUSED_AT_DOOR, usable_request_id
 
+CALLBACK_VARIABLE, CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve_app.proxy:middlewares"
 DROPPED = frozenset(
     {
+        REFUSED_AT_DOOR.encode(),
         b"x-request-timeout-seconds",
         b"x-request-disconnect-disabled",
         b"serve-multiplexed-model-id",
@@ -53,4 +57,5 @@ def _passes(name: bytes, value: bytes, keep_id: bool) -> bool:
 
 def middlewares() -> list[Middleware]:
     """Called by Ray in every process that listens for HTTP."""
-    return [Middleware(ClientHeaders)]
+    # Ray puts the last one around the others.
+    return [Middleware(LoadShedding), Middleware(ClientHeaders)]

@@ -191,7 +191,9 @@ class RayBackend:
         wait = min(
             self.admission.retry_after_s(name, job.work, len(_alive(name)), self._others(name)) for name in usable
         )
-        raise ServiceError("queue_full", "all replicas have as much work as they may; try again", retry_after_s=wait)
+        crowded = all(self.admission.crowded(name, len(_alive(name)), self._others(name)) for name in alive)
+        message = "all replicas have as much work as they may; try again"
+        raise ServiceError("queue_full", message, retry_after_s=wait, crowded=crowded)
 
     async def _wait_for_replica(self, job: Job, order: Sequence[str]) -> list[str]:
         """Wakes the groups that sleep and waits for the first replica of any."""

@@ -27,6 +27,7 @@ import yaml
 
 from serve_app.cli import check_config, port_errors
 from serve_app.logs import configure_logging, log
+from serve_app.proxy import CALLBACK, CALLBACK_VARIABLE
 
 DRAIN_S = 15.0
 """Longest wait for requests in flight. Stopping Ray takes up to 10 s more, and a supervisor usually kills after 30."""
@@ -46,8 +47,8 @@ ENVIRONMENT = {
     # glibc gives every few threads a heap of their own, and what is freed there stays: a soak grew by 5 % per 1,000
     # requests in all processes, and with two heaps by next to nothing.
     "MALLOC_ARENA_MAX": "2",
-    # Drops the headers by which a client could give Ray's proxy orders: docs/security.md.
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy:middlewares",
+    # Drops the headers by which a client could give Ray's proxy orders, and refuses there what finds no room.
+    CALLBACK_VARIABLE: CALLBACK,
 }
 """Ray's processes inherit these; what the caller has set wins."""
 FAST_ENVIRONMENT = {
