@@ -67,11 +67,13 @@ class Admission:
         series = sum(booking.series for booking in self._bookings[group])
         return series < self.workers[group] * replicas or self.wait_s(group) <= self.max_wait_s[group]
 
+    def usual_work(self, group: str) -> int:
+        """What a job under way weighs on average; at least 1."""
+        return max(1, self._own[group] // max(1, len(self._bookings[group])))
+
     def crowded(self, group: str, replicas: int, others: int) -> bool:
-        """Whether a job as large as those under way are on average would find no room."""
-        bookings = self._bookings[group]
-        usual = self._own[group] // len(bookings) if bookings else 1
-        return not self.has_room(group, usual, replicas, others)
+        """Whether a usual job would find no room."""
+        return not self.has_room(group, self.usual_work(group), replicas, others)
 
     def start(self, group: str, work: int, series: int) -> Booking:
         """Books a job; give what it returns to end()."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -104,11 +106,18 @@ class Progress:
         return (min(self.starts) - self.arrived) * 1000
 
 
+YIELDING_NICE = 4
+"""Less than half of the processor time of those beside it that want it too, and all that they leave. Ray's own workers
+are at 15 of at most 19."""
+
+
 class Workers:
     """Threads that wait for engines."""
 
-    def __init__(self, count: int) -> None:
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="forecast")
+    def __init__(self, count: int, *, yielding: bool) -> None:
+        """yielding: the threads compute on the processors that proxy and ingress answer on, and let those go first."""
+        initializer = _yield_to_others if yielding else None
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="forecast", initializer=initializer)
 
     async def compute(self, engine: Engine, progress: Progress, stream: BarStream | None) -> tuple[Paths, ...]:
         """The paths of every task. The first failure, or the caller's cancellation, ends the whole job."""
@@ -126,6 +135,13 @@ class Workers:
             for future in futures:
                 future.cancel()
             raise
+
+
+def _yield_to_others() -> None:
+    # Elsewhere the priority is the whole process's, whose event loop has to answer at once.
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + YIELDING_NICE)
 
 
 def _compute(engine: Engine, task: Task, progress: Progress, on_bars: BarsCallback | None) -> Paths:

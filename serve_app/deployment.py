@@ -69,7 +69,7 @@ class KronosReplica:
         self._device = self._factory.device()
         self._max_work = LAST_RESORT * settings.max_outstanding_work
         self._hang_timeout_s = settings.hang_timeout_s
-        self._workers = Workers(settings.workers)
+        self._workers = Workers(settings.workers, yielding=self._device.backend == "cpu")
         self._load = Load()
         budget = settings.model_memory_gb * 2**30
         self._store = ModelStore(Catalog(config).get, self._prepare, budget, config.limits.load_retry_s)

@@ -61,6 +61,7 @@ class Forecasting:
         prefer = _preferred_group(request)
         async with AsyncExitStack() as held:
             self._admit(held, request, record)
+            self.backend.refuse_if_crowded()
             media_type, write = formats.writer(request.headers.get("accept", ""))
             read = formats.readers[body_kind(request, tuple(formats.readers))]
             # Parsing and writing happen in a thread: a large body must not keep the others waiting.

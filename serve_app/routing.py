@@ -186,14 +186,26 @@ class RayBackend:
         for name in usable:
             if self.admission.has_room(name, job.work, len(_alive(name)), self._others(name)):
                 return self.admission.start(name, job.work, len(job.tasks)), self._group_warnings(prefer, name)
+        raise self._full(usable, alive, dict.fromkeys(usable, job.work))
+
+    def refuse_if_crowded(self) -> None:
+        """See serve_app.jobs.Backend."""
+        alive = [name for name in self.groups() if _alive(name)]
+        if alive and self._crowded(alive):
+            raise self._full(alive, alive, {name: self.admission.usual_work(name) for name in alive})
+
+    def _crowded(self, groups: Sequence[str]) -> bool:
+        return all(self.admission.crowded(name, len(_alive(name)), self._others(name)) for name in groups)
+
+    def _full(self, usable: Sequence[str], alive: Sequence[str], work: Mapping[str, int]) -> ServiceError:
+        """What to say to work that finds no room in the usable groups; the sleeping ones are woken."""
         if self._spill:
-            self._wake([name for name in order if name not in alive])
+            self._wake([name for name in self.groups() if name not in alive])
         wait = min(
-            self.admission.retry_after_s(name, job.work, len(_alive(name)), self._others(name)) for name in usable
+            self.admission.retry_after_s(name, work[name], len(_alive(name)), self._others(name)) for name in usable
         )
-        crowded = all(self.admission.crowded(name, len(_alive(name)), self._others(name)) for name in alive)
         message = "all replicas have as much work as they may; try again"
-        raise ServiceError("queue_full", message, retry_after_s=wait, crowded=crowded)
+        return ServiceError("queue_full", message, retry_after_s=wait, crowded=self._crowded(alive))
 
     async def _wait_for_replica(self, job: Job, order: Sequence[str]) -> list[str]:
         """Wakes the groups that sleep and waits for the first replica of any."""

@@ -29,6 +29,9 @@ class OneReplica:
     def __init__(self, config):
         self.replica = KronosReplica("cpu", LiveConfig(config, {}), EngineFactory)
 
+    def refuse_if_crowded(self):
+        pass
+
     async def forecast(self, job, prefer):
         return Answered(_done(await self.replica.forecast(job)), "cpu")
 

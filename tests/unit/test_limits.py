@@ -68,6 +68,18 @@ def test_concurrent_requests_over_http(fake_backend, columns):
     assert re.search(r"kronos_concurrent_requests 0", text)
 
 
+def test_a_full_service_reads_no_body(fake_backend):
+    backend = fake_backend()
+    backend.crowded = ServiceError("queue_full", "full", crowded=True)
+
+    async def go():
+        transport = httpx.ASGITransport(app=create_app(backend, AppConfig()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post("/v1/forecast", content=b"no JSON", headers={"content-type": "application/json"})
+
+    assert asyncio.run(go()).status_code == 429
+
+
 def test_limits_are_published(http):
     limits = http.get("/v1/info").json()["limits"]
     assert limits == AppConfig().limits.model_dump()

@@ -1,6 +1,8 @@
 """The replica and its models over a fake engine, without Serve."""
 
 import asyncio
+import os
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -16,6 +18,7 @@ from model.errors import (
     RequestTooLargeError,
 )
 from model.types import Paths, Sampling, Window
+from serve_app.computing import YIELDING_NICE, Workers
 from serve_app.config import AppConfig
 from serve_app.deployment import HungEngineError, KronosReplica, warm_up_series
 from serve_app.engine import group_device
@@ -390,3 +393,13 @@ def test_the_tasks_of_a_job_are_companions_and_those_of_two_jobs_are_not():
     assert asked[0] is asked[1] is asked[2]
     assert asked[3] is asked[4] is asked[5]
     assert asked[0] is not asked[3]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities are a process's elsewhere")
+@pytest.mark.parametrize(("yielding", "lower"), [(True, YIELDING_NICE), (False, 0)])
+def test_what_answers_goes_before_what_computes(yielding, lower):
+    def priority():
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    computing = Workers(1, yielding=yielding)._threads.submit(priority).result()
+    assert computing == min(19, priority() + lower)

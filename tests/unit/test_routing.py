@@ -365,3 +365,23 @@ def test_closing_a_stream_cancels_the_call_and_frees_its_place():
     asyncio.run(go())
     assert handle.responses[0].cancelled
     assert made.admission.outstanding("cpu") == 0
+
+
+def test_a_crowded_service_refuses_before_it_reads():
+    made = backend({"cpu": Handle(None)}, bound=10)
+    made.refuse_if_crowded()
+    made.admission.start("cpu", 4, 1)
+    made.refuse_if_crowded()
+    made.admission.start("cpu", 4, 1)
+    with pytest.raises(ServiceError) as caught:
+        made.refuse_if_crowded()
+    assert (caught.value.code, caught.value.crowded) == ("queue_full", True)
+    assert backend({"cpu": Handle()}, alive=[]).refuse_if_crowded() is None
+
+
+def test_a_large_job_is_refused_without_a_word_on_the_others():
+    made = backend({"cpu": Handle(None)}, bound=10)
+    made.admission.start("cpu", 4, 1)
+    with pytest.raises(ServiceError) as caught:
+        ask(made, job=job_of(9))
+    assert (caught.value.code, caught.value.crowded) == ("queue_full", False)
