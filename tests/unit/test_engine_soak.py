@@ -59,6 +59,7 @@ def soak(engine, bars, count, *, leak=None):
     return process.memory_info().rss - before
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", [1200, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_memory_stays_flat(tiny, bars, count):
     engine = Engine(*tiny, EngineConfig(cache_bytes=2**22))
