@@ -67,13 +67,14 @@ class Admission:
         series = sum(booking.series for booking in self._bookings[group])
         return series < self.workers[group] * replicas or self.wait_s(group) <= self.max_wait_s[group]
 
-    def usual_work(self, group: str) -> int:
-        """What a job under way weighs on average; at least 1."""
-        return max(1, self._own[group] // max(1, len(self._bookings[group])))
+    def small_work(self, group: str) -> int:
+        """Of the smallest job under way or finished lately; at most a hundredth of the bound: huge jobs say nothing."""
+        lately = [*self._bookings[group], *(booking for _, booking in self._finished[group])]
+        return min([max(1, self.bounds[group] // 100), *(booking.work for booking in lately)])
 
     def crowded(self, group: str, replicas: int, others: int) -> bool:
-        """Whether a usual job would find no room."""
-        return not self.has_room(group, self.usual_work(group), replicas, others)
+        """Whether even a small job would find no room."""
+        return not self.has_room(group, self.small_work(group), replicas, others)
 
     def start(self, group: str, work: int, series: int) -> Booking:
         """Books a job; give what it returns to end()."""

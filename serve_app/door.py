@@ -2,7 +2,7 @@
 
 Ray's way from proxy to ingress costs several milliseconds of processor time. Under three times what the service can
 take, two of three requests would spend them on being refused, beside the forecasts that are computed on the same
-machine. So while the ingress says that a usual request finds no room, the door answers for it, for a quarter of a
+machine. So while the ingress says that a small request finds no room, the door answers for it, for a quarter of a
 second at a time; behind it seconds of work are waiting, so that nothing stands idle meanwhile.
 """
 

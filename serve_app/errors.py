@@ -64,7 +64,7 @@ HEADERS = {
 """Headers that go with an error, Retry-After aside."""
 
 CROWDED = "x-kronos-crowded"
-"""Header of a queue_full answer: a usual request would find no room either. serve_app.door takes it off."""
+"""Header of a queue_full answer: a small request would find no room either. serve_app.door takes it off."""
 
 Loc = tuple[str | int, ...]
 

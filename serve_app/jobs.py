@@ -256,7 +256,7 @@ class Backend(Protocol):
         """Why forecasts run on the CPU although a GPU was wanted; None if nothing was given up."""
 
     def refuse_if_crowded(self) -> None:
-        """Raises ServiceError queue_full if a usual job would find no room: then there is no need to read one."""
+        """Raises ServiceError queue_full if a small job would find no room: then there is no need to read one."""
 
     async def forecast(self, job: Job, prefer: str | None) -> Answered:
         """prefer: "cpu" or "gpu" for a replica group, None for the usual order. Raises ServiceError."""

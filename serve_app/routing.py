@@ -192,7 +192,7 @@ class RayBackend:
         """See serve_app.jobs.Backend."""
         alive = [name for name in self.groups() if _alive(name)]
         if alive and self._crowded(alive):
-            raise self._full(alive, alive, {name: self.admission.usual_work(name) for name in alive})
+            raise self._full(alive, alive, {name: self.admission.small_work(name) for name in alive})
 
     def _crowded(self, groups: Sequence[str]) -> bool:
         return all(self.admission.crowded(name, len(_alive(name)), self._others(name)) for name in groups)

@@ -370,13 +370,20 @@ def test_closing_a_stream_cancels_the_call_and_frees_its_place():
 def test_a_crowded_service_refuses_before_it_reads():
     made = backend({"cpu": Handle(None)}, bound=10)
     made.refuse_if_crowded()
-    made.admission.start("cpu", 4, 1)
+    made.admission.start("cpu", 1, 1)
+    made.admission.start("cpu", 8, 1)
     made.refuse_if_crowded()
-    made.admission.start("cpu", 4, 1)
+    made.admission.start("cpu", 1, 1)
     with pytest.raises(ServiceError) as caught:
         made.refuse_if_crowded()
     assert (caught.value.code, caught.value.crowded) == ("queue_full", True)
     assert backend({"cpu": Handle()}, alive=[]).refuse_if_crowded() is None
+
+
+def test_a_huge_job_alone_does_not_make_a_service_crowded():
+    made = backend({"cpu": Handle(None)}, bound=1000)
+    made.admission.start("cpu", 900, 1)
+    made.refuse_if_crowded()
 
 
 def test_a_large_job_is_refused_without_a_word_on_the_others():
