@@ -104,6 +104,18 @@ def request_body(schema: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}, "parameters": _PARAMETERS}
 
 
+_EVENT = {
+    "type": "object",
+    "description": _EVENTS,
+    "properties": {
+        "event": {"type": "string", "enum": ["bars", "answer", "error"]},
+        "data": {"type": "string", "description": "JSON", "contentMediaType": "application/json"},
+    },
+    "required": ["event", "data"],
+}
+"""Of one event: OpenAPI 3.1 has no word for a sequence of them, and tools check each."""
+
+
 def forecast_formats() -> dict[int | str, dict[str, Any]]:
     """What a forecast may be answered with beside JSON."""
     return {
@@ -114,7 +126,7 @@ def forecast_formats() -> dict[int | str, dict[str, Any]]:
                 "Server-Timing": {"schema": {"type": "string"}},
             },
             "content": {
-                EVENT_STREAM: {"schema": {"type": "string", "description": _EVENTS}},
+                EVENT_STREAM: {"schema": _EVENT},
                 ARROW: {"schema": {"type": "string", "format": "binary", "description": _ARROW_OUT}},
             },
         }
