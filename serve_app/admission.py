@@ -19,6 +19,8 @@ LARGEST_SHARE = 0.5
 """Of the bound in seconds, what one job may take up: the engine computes jobs side by side, so behind a huge one the
 others do not have to wait for all of it."""
 SHORTEST_BUSY_S = 0.05
+ENOUGH_JOBS, ENOUGH_BUSY_S = 8, 10.0
+"""Either makes a rate that work is refused by: the first jobs after a start pay for the warming up."""
 
 
 @dataclass(eq=False)
@@ -104,12 +106,15 @@ class Admission:
 
     def rate(self, group: str) -> float | None:
         """Work that came back per second in which there was some, over the last RATE_WINDOW_S; None if nothing did."""
-        finished = self._finished[group]
         self._forget_old(group)
+        finished = self._finished[group]
         if not finished:
             return None
-        busy = self._busy_s(group) - min(booking.busy_s for _, booking in finished)
-        return sum(booking.work for _, booking in finished) / max(SHORTEST_BUSY_S, busy)
+        return sum(booking.work for _, booking in finished) / max(SHORTEST_BUSY_S, self._measured_s(group))
+
+    def _measured_s(self, group: str) -> float:
+        """Busy seconds behind the rate."""
+        return self._busy_s(group) - min(booking.busy_s for _, booking in self._finished[group])
 
     def _forget_old(self, group: str) -> None:
         finished, oldest = self._finished[group], self._clock() - RATE_WINDOW_S
@@ -117,9 +122,9 @@ class Admission:
             finished.popleft()
 
     def wait_s(self, group: str) -> float:
-        """Seconds of work under way; 0 as long as nothing has been measured."""
+        """Seconds of work under way; 0 as long as too little has been measured."""
         rate = self.rate(group)
-        if rate is None:
+        if rate is None or (len(self._finished[group]) < ENOUGH_JOBS and self._measured_s(group) < ENOUGH_BUSY_S):
             return 0.0
         largest = LARGEST_SHARE * self.max_wait_s[group] * rate
         return sum(min(booking.work, largest) for booking in self._bookings[group]) / rate

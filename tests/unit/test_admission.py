@@ -2,7 +2,7 @@
 
 import pytest
 
-from serve_app.admission import RATE_WINDOW_S, UNKNOWN_RETRY_S, Admission
+from serve_app.admission import ENOUGH_BUSY_S, ENOUGH_JOBS, RATE_WINDOW_S, UNKNOWN_RETRY_S, Admission
 
 LONG = 1e9
 
@@ -77,7 +77,8 @@ def test_no_more_than_the_bound_in_seconds_at_the_measured_rate(clock):
     admission = admission_of(clock, bound=10**6, max_wait_s=5.0)
     for _ in range(1000):
         assert admission.has_room("cpu", 10, 1, 0)  # nothing has been measured
-    compute(admission, clock, 10, 1.0)
+    for _ in range(ENOUGH_JOBS):
+        compute(admission, clock, 10, 1.0)
     admitted = 0
     while admission.has_room("cpu", 10, 1, 0):
         admission.start("cpu", 10, 1)
@@ -90,7 +91,8 @@ def test_no_more_than_the_bound_in_seconds_at_the_measured_rate(clock):
 def test_the_bound_in_seconds_waits_until_every_worker_has_something(clock):
     """A job alone says little about how fast many come back side by side."""
     admission = admission_of(clock, bound=10**6, max_wait_s=5.0, workers=4)
-    compute(admission, clock, 10, 1.0)
+    for _ in range(ENOUGH_JOBS):
+        compute(admission, clock, 10, 1.0)
     for _ in range(8):
         assert admission.has_room("cpu", 1000, 2, 0)
         admission.start("cpu", 1000, 1)
@@ -99,12 +101,25 @@ def test_the_bound_in_seconds_waits_until_every_worker_has_something(clock):
 
 def test_one_huge_job_leaves_room_for_others(clock):
     admission = admission_of(clock, bound=10**6, max_wait_s=5.0)
-    compute(admission, clock, 10, 1.0)
+    for _ in range(ENOUGH_JOBS):
+        compute(admission, clock, 10, 1.0)
     admission.start("cpu", 100_000, 1)
     assert admission.wait_s("cpu") == 2.5
     assert admission.has_room("cpu", 10, 1, 0)
     admission.start("cpu", 100_000, 1)
     admission.start("cpu", 10, 1)
+    assert not admission.has_room("cpu", 10, 1, 0)
+
+
+def test_a_few_jobs_after_a_start_refuse_nobody(clock):
+    """The first ones pay for the warming up: at their rate, the next would seem to wait for ever."""
+    admission = admission_of(clock, bound=10**6, max_wait_s=5.0)
+    for _ in range(ENOUGH_JOBS - 1):
+        compute(admission, clock, 1, 1.0)
+    for _ in range(3):
+        admission.start("cpu", 1000, 1)
+    assert admission.has_room("cpu", 10, 1, 0)
+    compute(admission, clock, 1, ENOUGH_BUSY_S)
     assert not admission.has_room("cpu", 10, 1, 0)
 
 
