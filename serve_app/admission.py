@@ -72,10 +72,16 @@ class Admission:
     def small_work(self, group: str) -> int:
         """Of the smallest job under way or finished lately; at most a hundredth of the bound: huge jobs say nothing."""
         lately = [*self._bookings[group], *(booking for _, booking in self._finished[group])]
-        return min([max(1, self.bounds[group] // 100), *(booking.work for booking in lately)])
+        return min([self._most_small(group), *(booking.work for booking in lately)])
+
+    def _most_small(self, group: str) -> int:
+        return max(1, self.bounds[group] // 100)
 
     def crowded(self, group: str, replicas: int, others: int) -> bool:
         """Whether even a small job would find no room."""
+        # Asked before every request. As a rule there is room for the largest small job, and no need to look at each.
+        if self.has_room(group, self._most_small(group), replicas, others):
+            return False
         return not self.has_room(group, self.small_work(group), replicas, others)
 
     def start(self, group: str, work: int, series: int) -> Booking:

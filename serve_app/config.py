@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from model.engine.types import WindowPolicy
 from serve_app.keys import KeyRing, address_error, parse_keys
-from serve_app.schemas import LOWEST_TEMPERATURE
+from serve_app.schemas import Temperature
 
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,4})?")
@@ -251,20 +251,13 @@ class Defaults(Strict):
     """What a request that does not say gets. pred_len is the horizon of a /v1/forecast that names none."""
 
     pred_len: int = Field(default=24, ge=1)
-    temperature: float = Field(default=1.0, ge=0, le=100)
+    temperature: Temperature = 1.0
     top_k: int = Field(default=0, ge=0)
     top_p: float = Field(default=0.9, gt=0, le=1)
     sample_count: int = Field(default=1, ge=1)
     window: Annotated[str, AfterValidator(_check_window)] = Field(
         default="exact", description="what happens when a forecast outgrows the context: exact, hop:K or fit"
     )
-
-    @field_validator("temperature")
-    @classmethod
-    def _drawable(cls, temperature: float) -> float:
-        if 0 < temperature < LOWEST_TEMPERATURE:
-            raise ValueError(f"must be 0 (greedy) or at least {LOWEST_TEMPERATURE}")
-        return temperature
 
 
 LIVE = ("models", "default_model", "models_root", "limits", "defaults")

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.errors import CROWDED, ServiceError
+from serve_app.errors import ALL_FULL, CROWDED, ServiceError
 from serve_app.metrics import FORECAST_ROUTES
-from serve_app.middleware import NOTHING_COMPUTED, REFUSED_AT_DOOR, request_id_of, send_error
+from serve_app.middleware import REFUSED_AT_DOOR, mark, request_id_of, send_error
 
 CLOSED_S = 0.25
 
@@ -75,9 +75,11 @@ class LoadShedding:
 
 
 async def _refuse(scope: Scope, send: Send, retry_after_s: float) -> None:
-    error = ServiceError(
-        "queue_full", "all replicas have as much work as they may; try again", retry_after_s=retry_after_s
-    )
     request_id = request_id_of(Headers(scope=scope))
-    headers = {"X-Request-ID": request_id, "Server-Timing": NOTHING_COMPUTED, "X-Content-Type-Options": "nosniff"}
-    await send_error(send, error, request_id, headers)
+
+    async def send_marked(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            mark(MutableHeaders(scope=message), request_id)
+        await send(message)
+
+    await send_error(send_marked, ServiceError("queue_full", ALL_FULL, retry_after_s=retry_after_s), request_id)

@@ -63,6 +63,8 @@ HEADERS = {
 }
 """Headers that go with an error, Retry-After aside."""
 
+ALL_FULL = "all replicas have as much work as they may; try again"
+"""Message of queue_full, from the ingress and from serve_app.door."""
 CROWDED = "x-kronos-crowded"
 """Header of a queue_full answer: a small request would find no room either. serve_app.door takes it off."""
 

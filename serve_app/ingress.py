@@ -72,8 +72,9 @@ def create_app(
     if keys is not None:
         app.add_middleware(Authentication, keys=keys, metrics=metrics)
     routes = frozenset(getattr(route, "path", "") for route in app.routes)
-    around = {"behind_serve": behind_serve, "behind_door": behind_door}
-    app.add_middleware(RequestContext, metrics=metrics, routes=routes, **around)
+    app.add_middleware(
+        RequestContext, metrics=metrics, routes=routes, behind_serve=behind_serve, behind_door=behind_door
+    )
     return app
 
 

@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -112,11 +111,7 @@ class RequestContext:
         async def send_recorded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                answer = MutableHeaders(scope=message)
-                if add_id:
-                    answer["X-Request-ID"] = record.request_id
-                answer.setdefault("Server-Timing", NOTHING_COMPUTED)
-                answer["X-Content-Type-Options"] = "nosniff"
+                mark(MutableHeaders(scope=message), record.request_id if add_id else None)
             elif message["type"] == "http.response.body":
                 record.response_size_bytes += len(message.get("body", b""))
             await send(message)
@@ -132,9 +127,9 @@ class RequestContext:
             if not begun:
                 await send({"type": "http.response.start", "status": CLIENT_GONE, "headers": []})
             await send({"type": "http.response.body", "body": b""})
-        except Exception as unhandled:
+        except Exception as error:
             # The last line of defence: a client never sees a stack, the log always does.
-            record.details.update(error_type=type(unhandled).__name__, error_message=str(unhandled)[:500])
+            record.details.update(error_type=type(error).__name__, error_message=str(error)[:500])
             logging.getLogger("kronos").exception(
                 "unhandled error", extra={"fields": {"request_id": record.request_id}}
             )
@@ -181,12 +176,18 @@ async def refuse(send: Send, error: ServiceError, record: Record) -> None:
     await send_error(send, error, record.request_id)
 
 
-async def send_error(
-    send: Send, error: ServiceError, request_id: str, headers: Mapping[str, str] = MappingProxyType({})
-) -> None:
+def mark(answer: MutableHeaders, request_id: str | None) -> None:
+    """Sets what every answer carries. request_id: None if Ray's proxy adds it."""
+    if request_id is not None:
+        answer["X-Request-ID"] = request_id
+    answer.setdefault("Server-Timing", NOTHING_COMPUTED)
+    answer["X-Content-Type-Options"] = "nosniff"
+
+
+async def send_error(send: Send, error: ServiceError, request_id: str) -> None:
     """The whole answer that an error is."""
     body = json.dumps(error.body(request_id)).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers, **headers}
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": encoded})
     await send({"type": "http.response.body", "body": body})

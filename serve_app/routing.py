@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.plan import Plan, gpu_slots, why_no_gpu
 from serve_app.admission import Admission, Booking
-from serve_app.errors import FieldError, ServiceError, invalid_fields
+from serve_app.errors import ALL_FULL, FieldError, ServiceError, invalid_fields
 from serve_app.jobs import Answered, Bars, Chunk, DeviceFacts, Done, Failed, Job, ReplicaView, Resume
 from serve_app.listing import REPLICAS
 from serve_app.logs import log
@@ -186,26 +186,26 @@ class RayBackend:
         for name in usable:
             if self.admission.has_room(name, job.work, len(_alive(name)), self._others(name)):
                 return self.admission.start(name, job.work, len(job.tasks)), self._group_warnings(prefer, name)
-        raise self._full(usable, alive, dict.fromkeys(usable, job.work))
+        raise self._full(alive, dict.fromkeys(usable, job.work), crowded=self._crowded(alive))
 
     def refuse_if_crowded(self) -> None:
         """See serve_app.jobs.Backend."""
         alive = [name for name in self.groups() if _alive(name)]
         if alive and self._crowded(alive):
-            raise self._full(alive, alive, {name: self.admission.small_work(name) for name in alive})
+            raise self._full(alive, {name: self.admission.small_work(name) for name in alive}, crowded=True)
 
     def _crowded(self, groups: Sequence[str]) -> bool:
         return all(self.admission.crowded(name, len(_alive(name)), self._others(name)) for name in groups)
 
-    def _full(self, usable: Sequence[str], alive: Sequence[str], work: Mapping[str, int]) -> ServiceError:
-        """What to say to work that finds no room in the usable groups; the sleeping ones are woken."""
+    def _full(self, alive: Sequence[str], work: Mapping[str, int], *, crowded: bool) -> ServiceError:
+        """What to say to work that finds no room in the groups it names; those that are not alive are woken."""
         if self._spill:
             self._wake([name for name in self.groups() if name not in alive])
         wait = min(
-            self.admission.retry_after_s(name, work[name], len(_alive(name)), self._others(name)) for name in usable
+            self.admission.retry_after_s(name, amount, len(_alive(name)), self._others(name))
+            for name, amount in work.items()
         )
-        message = "all replicas have as much work as they may; try again"
-        return ServiceError("queue_full", message, retry_after_s=wait, crowded=self._crowded(alive))
+        return ServiceError("queue_full", ALL_FULL, retry_after_s=wait, crowded=crowded)
 
     async def _wait_for_replica(self, job: Job, order: Sequence[str]) -> list[str]:
         """Wakes the groups that sleep and waits for the first replica of any."""

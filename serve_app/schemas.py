@@ -77,7 +77,7 @@ TimesField = Annotated[Times, PlainValidator(_times), WithJsonSchema(_TIMES_SCHE
 
 def _temperature(value: float) -> float:
     if 0 < value < LOWEST_TEMPERATURE:
-        raise PydanticCustomError("out_of_range", "must be 0 (greedy) or at least 0.01")
+        raise PydanticCustomError("out_of_range", f"must be 0 (greedy) or at least {LOWEST_TEMPERATURE}")
     return value
 
 

@@ -25,20 +25,16 @@ class Door:
         self.app = ClientHeaders(LoadShedding(self.app, clock=lambda: self.now))
 
     def ask(self, body, path="/v1/forecast", **headers):
-        async def go():
-            transport = httpx.ASGITransport(app=self.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                return await client.post(path, json=body, headers=headers)
-
-        return asyncio.run(go())
+        return asyncio.run(self._request("POST", path, json=body, headers=headers))
 
     def metric(self, pattern):
-        async def go():
-            transport = httpx.ASGITransport(app=self.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                return (await client.get("/v1/metrics")).text
+        text = asyncio.run(self._request("GET", "/v1/metrics")).text
+        return float(re.search(pattern + r" (\S+)", text).group(1))
 
-        return float(re.search(pattern + r" (\S+)", asyncio.run(go())).group(1))
+    async def _request(self, method, path, **content):
+        transport = httpx.ASGITransport(app=self.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, **content)
 
 
 FULL = ServiceError("queue_full", "full", retry_after_s=3, crowded=True)
