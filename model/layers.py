@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 RotaryTables = tuple[Tensor, Tensor]
-"""(cos, sin), each [T, d], fp32."""
+"""(cos, sin), each [T, d], fp32; the first half of sin is negated, for rotate()."""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q, k, v), each [B, H, T, d] → [B, H, T, d]: how a block attends. The engine puts its cache in here."""
@@ -64,15 +64,14 @@ class Rotary(nn.Module):
     def tables(self, positions: Tensor) -> RotaryTables:
         """positions [T] → cos and sin, each [T, d]."""
         angles = torch.outer(positions.to(self.inv_freq.dtype), self.inv_freq)
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
     """x [..., T, d], rotated position by position."""
     cos, sin = tables
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class Attention(nn.Module):
@@ -109,9 +108,7 @@ class Attention(nn.Module):
         rotary None leaves query and keys as they are: position 0 for all of them. attend replaces the plain attention
         over memory, causal or not.
         """
-        q, k, v = self.project(query, memory)
-        if rotary is not None:
-            q, k = rotate(q, rotary).type_as(v), rotate(k, rotary).type_as(v)
+        q, k, v = self.project(query, memory, rotary)
         if attend is not None:
             mixed = attend(q, k, v)
         else:
@@ -119,13 +116,16 @@ class Attention(nn.Module):
             mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal)
         return self.merge(mixed)
 
-    def project(self, query: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, H, Tq, d] of query [B, Tq, D]; k and v [B, H, T, d] of memory [B, T, D]."""
-        return (
+    def project(self, query: Tensor, memory: Tensor, rotary: RotaryTables | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, H, Tq, d] of query [B, Tq, D]; k and v [B, H, T, d] of memory [B, T, D]; q and k rotated."""
+        q, k, v = (
             self.split_heads(self.q_proj(query)),
             self.split_heads(self.k_proj(memory)),
             self.split_heads(self.v_proj(memory)),
         )
+        if rotary is not None:
+            q, k = rotate(q, rotary).type_as(v), rotate(k, rotary).type_as(v)
+        return q, k, v
 
     def merge(self, mixed: Tensor) -> Tensor:
         """What the heads have gathered, [B, H, T, d] → [B, T, D]."""

@@ -53,9 +53,9 @@ class SequenceCache:
         self.history_length = self.own_length = 0
 
     def _layer(self, layer: int, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keys and values of the history [H, bars, d] and of the paths [S, H, bars, d]; heads is the layer's."""
+        """Keys and values of the history [1, H, bars, d] and of the paths [S, H, bars, d]; heads is the layer's."""
         if layer not in self._views:
-            history = (heads, self._history_capacity, self._width // heads)
+            history = (1, heads, self._history_capacity, self._width // heads)
             own = (self._paths, heads, self._own_capacity, self._width // heads)
             self._views[layer] = (
                 self._history[layer, 0].view(history),
@@ -75,15 +75,11 @@ class SequenceCache:
             self._write_shared(layer, self.history_length + self.own_length, k, v)
             return
         _, _, keys, values = self._layer(layer, k.shape[1])
-        bars = slice(self.own_length, self.own_length + k.shape[2])
-        keys[:, :, bars] = k
-        values[:, :, bars] = v
+        _write(keys, values, self.own_length, k, v)
 
     def _write_shared(self, layer: int, first: int, k: Tensor, v: Tensor) -> None:
         keys, values, _, _ = self._layer(layer, k.shape[1])
-        bars = slice(first, first + k.shape[2])
-        keys[:, bars] = k[0]
-        values[:, bars] = v[0]
+        _write(keys, values, first, k, v)
 
     def attend_history(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Appends k, v [1, H, g, d] to the history and lets q attend to all of it, causally; [1, H, g, d]."""
@@ -96,11 +92,10 @@ class SequenceCache:
 
     @staticmethod
     def _attend_shared(q: Tensor, keys: Tensor, values: Tensor, bars: int) -> Tensor:
-        """q [1, H, g, d] of the newest g of `bars` bars attends to keys and values [H, …, d] of them, causally."""
+        """q [1, H, g, d] of the newest g of `bars` bars attends to keys and values [1, H, …, d] of them, causally."""
         seen = causal(q.shape[2], bars, q.device) if q.shape[2] > 1 else None
-        return F.scaled_dot_product_attention(
-            q.to(keys.dtype), keys[None, :, :bars], values[None, :, :bars], attn_mask=seen
-        ).float()
+        keys, values = keys.narrow(2, 0, bars), values.narrow(2, 0, bars)
+        return F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=seen).float()
 
     def attend_own(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Appends k, v [S, H, g, d] to the paths' own bars; q attends to the history and, causally, to those."""
@@ -123,7 +118,7 @@ class SequenceCache:
         if bars:
             # All paths ask the same keys: one matrix product per head serves them together.
             by_head = q.transpose(0, 1).reshape(heads, paths * new, width)
-            parts.append((by_head @ keys[:, :bars].transpose(1, 2)).float())
+            parts.append((by_head @ keys[0, :, :bars].transpose(1, 2)).float())
         if own:
             own_scores = (q @ own_keys[:, :, :own].transpose(2, 3)).float()
             if new > 1:
@@ -132,12 +127,18 @@ class SequenceCache:
         weights = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).softmax(-1).to(dtype)
         mixed = []
         if bars:
-            shared = (weights[..., :bars] @ values[:, :bars]).float()
+            shared = (weights[..., :bars] @ values[0, :, :bars]).float()
             mixed.append(shared.view(heads, paths, new, width).transpose(0, 1))
         if own:
             by_path = weights[..., bars:].reshape(heads, paths, new, own).transpose(0, 1)
             mixed.append((by_path @ own_values[:, :, :own]).float())
         return mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
+
+
+def _write(keys: Tensor, values: Tensor, first: int, k: Tensor, v: Tensor) -> None:
+    """k, v [S, H, g, d] into keys and values [S, H, …, d], from bar `first` on."""
+    keys.narrow(2, first, k.shape[2]).copy_(k)
+    values.narrow(2, first, v.shape[2]).copy_(v)
 
 
 def causal(new: int, bars: int, device: torch.device) -> Tensor:

@@ -5,6 +5,7 @@ The same tokens as model.sampler.sample gives row by row, without its sort. R ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ from model.sampler import filtered, philox_noise
 class RowSettings:
     """The sampling settings of a batch of requests, one row a path; made once per composition of the batch.
 
-    temperature, top_p: float32 [R, 1], temperature 1 where a row is greedy, top_p 1 where top-k is on.
+    temperature, top_p: float32 [R, 1], temperature 1 where a row is greedy, top_p infinite where it
+    bounds nothing: it is 1, or top-k is on.
     kept: int64 [R, 1], the k of top-k; 0 where it is off. greedy: bool [R].
     top_k_rows: rows of requests that use top-k, by request. any_greedy: whether a row is; both known to the host.
     """
@@ -42,7 +44,7 @@ class RowSettings:
             sampling, first = request.sampling, len(greedy)
             temperature += [sampling.temperature or 1.0] * request.rows
             # A row with top-k has been filtered already when the race asks for top-p.
-            top_p += [1.0 if sampling.top_k else sampling.top_p] * request.rows
+            top_p += [math.inf if sampling.top_k or sampling.top_p >= 1 else sampling.top_p] * request.rows
             greedy += [sampling.temperature == 0] * request.rows
             kept += [sampling.top_k] * request.rows
             if sampling.top_k:
@@ -96,10 +98,11 @@ def draw_noise(
             groups.setdefault(id(request.noise_group or request), []).append(i)
     for members in groups.values():
         rows = [requests[i].rows for i in members]
-        drawn = torch.empty(sum(rows), vocabulary, device=device).exponential_()
-        for i, part in zip(members, drawn.split(rows), strict=True):
+        group = torch.empty(sum(rows), vocabulary, device=device).exponential_()
+        for i, part in zip(members, group.split(rows), strict=True):
             parts[i] = part
-    return torch.cat([part for part in parts if part is not None])
+    drawn = [part for part in parts if part is not None]
+    return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
 
 
 def sample_rows(logits: Tensor, settings: RowSettings, noise: Tensor) -> Tensor:
@@ -121,7 +124,7 @@ def sample_sorted(logits: Tensor, settings: RowSettings, noise: Tensor) -> Tenso
     ordered, order = (logits / settings.temperature).sort(dim=-1, descending=True)
     last = ordered.gather(1, (settings.kept - 1).clamp(0, logits.shape[1] - 1))
     probabilities = ordered.softmax(-1)
-    outside = (probabilities.cumsum(-1) - probabilities > settings.top_p) & (settings.top_p < 1)
+    outside = probabilities.cumsum(-1) - probabilities > settings.top_p
     outside |= (ordered < last) & (settings.kept > 0)
     ratio = torch.where(outside, -1.0, probabilities / noise.gather(1, order))
     drawn = order.gather(1, ratio.argmax(-1, keepdim=True)).squeeze(1)
@@ -140,7 +143,7 @@ def race(probabilities: Tensor, noise: Tensor, top_p: Tensor) -> Tensor:
         winner = ratio.argmax(-1, keepdim=True)
         likelihood = probabilities.gather(1, winner)
         above = torch.where(probabilities > likelihood, probabilities, 0.0).sum(-1, keepdim=True)
-        outside = (above > top_p) & (top_p < 1)
+        outside = above > top_p
         if not outside.any():
             return winner.squeeze(1)
         ratio.masked_fill_(outside & (probabilities <= likelihood), -1.0)
