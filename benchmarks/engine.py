@@ -199,7 +199,6 @@ def shares_of_limits(limits: dict[str, float], device: torch.device) -> list[dic
     engine = Engine(model.to(device), tokenizer.to(device), EngineConfig(cache_bytes=2**30), device)
     our_seconds(engine, 64, 2, 1, 1, "exact")
     weights = sum(p.numel() for block in (model.transformer, model.dep_layer, model.head) for p in block.parameters())
-    fusion = sum(p.numel() for p in model.embedding.fusion_proj.parameters())
     prefill, one, two = (
         statistics.median(our_seconds(engine, *shape, 1, 1, "exact") for _ in range(5))
         for shape in ((400, 1), (400, 33), (400, 97))
@@ -207,8 +206,8 @@ def shares_of_limits(limits: dict[str, float], device: torch.device) -> list[dic
     step = (two - one) / 64
     layers, width = 8, 512
     attention = 400 * 400 * width * 2 * layers
-    gflops = (2 * (weights + fusion) * 400 + attention) / prefill / 1e9
-    read = (4 * (weights + fusion) + 4 * 450 * width * 2 * (layers + 1)) / step / 1e9
+    gflops = (2 * weights * 400 + attention) / prefill / 1e9
+    read = (4 * weights + 4 * 450 * width * 2 * (layers + 1)) / step / 1e9
     return [
         {
             "what": "prefill of 400 bars with tokenizer, % of measured fp32 GEMM",
