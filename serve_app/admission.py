@@ -7,6 +7,7 @@ there is so much of it that more at a time would not come back faster.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -61,18 +62,28 @@ class Admission:
 
     def has_room(self, group: str, work: int, replicas: int, others: int) -> bool:
         """others: work that other ingress replicas have there. An idle group takes a job of any size."""
+        return self._room(group, work, replicas, others) >= 1
+
+    def _room(self, group: str, work: int, replicas: int, others: int) -> float:
+        """How many more jobs of one series and so much work the group takes."""
         busy, replicas = self._own[group] + others, max(1, replicas)
-        if busy == 0:
-            return True
-        if busy + work > self.bounds[group] * replicas:
-            return False
-        series = sum(booking.series for booking in self._bookings[group])
-        return series < self.workers[group] * replicas or self.wait_s(group) <= self.max_wait_s[group]
+        by_bound = (self.bounds[group] * replicas - busy) // max(1, work)
+        side_by_side = self.workers[group] * replicas - sum(booking.series for booking in self._bookings[group])
+        by_time = 0.0
+        if (wait := self.wait_s(group)) <= self.max_wait_s[group]:
+            rate = self.rate(group) if self._rate_is_known(group) else None
+            by_time = math.inf if rate is None else 1 + (self.max_wait_s[group] - wait) * rate // max(1, work)
+        return max(0 if busy else 1, min(by_bound, max(side_by_side, by_time)))
+
+    def places(self, group: str, replicas: int, others: int) -> int:
+        """Small jobs that the group may have under way: those that are there, and those that it still takes."""
+        small = self.small_work(group)
+        return len(self._bookings[group]) + others // small + int(self._room(group, small, replicas, others))
 
     def small_work(self, group: str) -> int:
         """Of the smallest job under way or finished lately; at most a hundredth of the bound: huge jobs say nothing."""
         lately = [*self._bookings[group], *(booking for _, booking in self._finished[group])]
-        return min([self._most_small(group), *(booking.work for booking in lately)])
+        return max(1, min([self._most_small(group), *(booking.work for booking in lately)]))
 
     def _most_small(self, group: str) -> int:
         return max(1, self.bounds[group] // 100)
@@ -130,10 +141,15 @@ class Admission:
     def wait_s(self, group: str) -> float:
         """Seconds of work under way; 0 as long as too little has been measured."""
         rate = self.rate(group)
-        if rate is None or (len(self._finished[group]) < ENOUGH_JOBS and self._measured_s(group) < ENOUGH_BUSY_S):
+        if rate is None or not self._rate_is_known(group):
             return 0.0
         largest = LARGEST_SHARE * self.max_wait_s[group] * rate
         return sum(min(booking.work, largest) for booking in self._bookings[group]) / rate
+
+    def _rate_is_known(self, group: str) -> bool:
+        """Whether enough has been measured to refuse work by it."""
+        finished = self._finished[group]
+        return len(finished) >= ENOUGH_JOBS or (bool(finished) and self._measured_s(group) >= ENOUGH_BUSY_S)
 
     def retry_after_s(self, group: str, work: int, replicas: int, others: int) -> float:
         """When there should be room again, 1 to 30 s: the excess over either bound at the measured rate."""

@@ -1,9 +1,9 @@
 """Refusals at the door: in Ray's HTTP proxy, or with HAProxy in front of the ingress's own work.
 
-Ray's way from proxy to ingress costs several milliseconds of processor time. Under three times what the service can
-take, two of three requests would spend them on being refused, beside the forecasts that are computed on the same
-machine. So while the ingress says that a small request finds no room, the door answers for it, for a quarter of a
-second at a time; behind it seconds of work are waiting, so that nothing stands idle meanwhile.
+Ray's way from proxy to ingress costs several milliseconds of processor time, and as much as a second of waiting where
+forecasts take the processors. Under three times what the service can take, two of three requests would spend them on
+being refused. So the ingress says with every answer how many small requests may be under way, and while so many are,
+the door refuses the others itself.
 """
 
 from __future__ import annotations
@@ -17,29 +17,45 @@ from dataclasses import dataclass, field
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.errors import ALL_FULL, CROWDED, ServiceError
+from serve_app.errors import ALL_FULL, ServiceError
+from serve_app.jobs import Places
 from serve_app.metrics import FORECAST_ROUTES
 from serve_app.middleware import REFUSED_AT_DOOR, mark, request_id_of, send_error
 
-CLOSED_S = 0.25
+PLACES = "x-kronos-places"
+"""Header of an answer, from PlacesReport to LoadShedding: Places.count and Places.retry_after_s."""
+STALE_S = 1.0
+"""After so long without an answer one request goes in, whatever is under way: things may have changed."""
 
 
 @dataclass
 class _Door:
-    """Of one application, which its prefix names. refused: requests by route that the ingress has not heard of."""
+    """Of one application, which its prefix names. refused: requests by route that the ingress has not heard of.
 
-    closed_until: float = 0.0
-    retry_after_s: float = 1.0
+    under_way: requests whose body is there and whose answer is not.
+    """
+
+    places: Places
+    heard_at: float
+    under_way: int = 0
     refused: Counter[str] = field(default_factory=Counter)
+
+    def closed(self, now: float) -> bool:
+        if self.under_way < max(1, self.places.count):
+            return False
+        if now - self.heard_at < STALE_S:
+            return True
+        self.heard_at = now
+        return False
 
 
 class LoadShedding:
-    """Refuses forecasts with 429 while the ingress behind is crowded, and tells it later how many."""
+    """Refuses forecasts with 429 while as many are under way as the ingress behind takes; tells it later how many."""
 
     def __init__(self, app: ASGIApp, clock: Callable[[], float] = time.monotonic) -> None:
         self.app = app
         self._clock = clock
-        # Made when an ingress says that it is crowded, never from a client's words.
+        # Made when an ingress says how much it takes, never from a client's words.
         self._doors: dict[str, _Door] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,28 +66,68 @@ class LoadShedding:
             return
         prefix = path.removesuffix(route)
         door = self._doors.get(prefix)
-        if door is not None and self._clock() < door.closed_until:
+        if door is not None and door.closed(self._clock()):
             door.refused[route] += 1
-            await _refuse(scope, send, door.retry_after_s)
+            await _refuse(scope, send, door.places.retry_after_s)
             return
         if door is not None and door.refused:
             report = json.dumps(door.refused).encode()
             scope = {**scope, "headers": [*scope["headers"], (REFUSED_AT_DOOR.encode(), report)]}
             door.refused = Counter()
+        counted = False
+
+        async def counting() -> Message:
+            nonlocal counted
+            message = await receive()
+            # Only now: whoever sends a body drop by drop must not keep the others out.
+            if door is not None and not counted and message["type"] == "http.request" and not message.get("more_body"):
+                counted = True
+                door.under_way += 1
+            return message
 
         async def noticing(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                if CROWDED in headers:
-                    del headers[CROWDED]
-                    self._close(prefix, float(headers.get("retry-after", "1")))
+                if PLACES in headers:
+                    self._hear(prefix, headers[PLACES])
+                    del headers[PLACES]
             await send(message)
 
-        await self.app(scope, receive, noticing)
+        try:
+            await self.app(scope, counting, noticing)
+        finally:
+            if door is not None and counted:
+                door.under_way -= 1
 
-    def _close(self, prefix: str, retry_after_s: float) -> None:
-        door = self._doors.setdefault(prefix, _Door())
-        door.closed_until, door.retry_after_s = self._clock() + CLOSED_S, retry_after_s
+    def _hear(self, prefix: str, news: str) -> None:
+        count, retry_after_s = news.split()
+        places, now = Places(int(count), float(retry_after_s)), self._clock()
+        door = self._doors.setdefault(prefix, _Door(places, now))
+        door.places, door.heard_at = places, now
+
+
+class PlacesReport:
+    """Says with every answer to a forecast how many there may be under way; LoadShedding takes it off."""
+
+    def __init__(self, app: ASGIApp, places: Callable[[], Places | None], most: int) -> None:
+        """most: requests that the service answers at once, whatever they are."""
+        self.app = app
+        self._places, self._most = places, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if scope["type"] != "http" or not path.endswith(tuple(FORECAST_ROUTES)):
+            await self.app(scope, receive, send)
+            return
+
+        async def saying(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                places = self._places() or Places(self._most, 1.0)
+                count = min(places.count, self._most)
+                MutableHeaders(scope=message)[PLACES] = f"{count} {places.retry_after_s:.3f}"
+            await send(message)
+
+        await self.app(scope, receive, saying)
 
 
 async def _refuse(scope: Scope, send: Send, retry_after_s: float) -> None:

@@ -65,8 +65,6 @@ HEADERS = {
 
 ALL_FULL = "all replicas have as much work as they may; try again"
 """Message of queue_full, from the ingress and from serve_app.door."""
-CROWDED = "x-kronos-crowded"
-"""Header of a queue_full answer: a small request would find no room either. serve_app.door takes it off."""
 
 Loc = tuple[str | int, ...]
 
@@ -97,12 +95,10 @@ class ServiceError(Exception):
         *,
         fields: Sequence[FieldError] = (),
         retry_after_s: float | None = None,
-        crowded: bool = False,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
-        self.crowded = crowded
         self.fields = tuple(fields[:MAX_FIELD_ERRORS])
         self.retry_after_s = retry_after_s if retry_after_s is not None else RETRY_AFTER_S.get(code)
 
@@ -113,8 +109,7 @@ class ServiceError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         retry = {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
-        crowded = {CROWDED: "1"} if self.crowded else {}
-        return {**HEADERS.get(self.code, {}), **retry, **crowded}
+        return {**HEADERS.get(self.code, {}), **retry}
 
     def body(self, request_id: str) -> dict[str, Any]:
         fields = [field.as_json() for field in self.fields]

@@ -15,6 +15,7 @@ from serve_app.answers import forecast_json, prediction_json
 from serve_app.auth import Authentication
 from serve_app.bodies import ARROW, JSON
 from serve_app.config import AppConfig
+from serve_app.door import PlacesReport
 from serve_app.draining import Drain, DrainMiddleware
 from serve_app.errors import ServiceError
 from serve_app.forecasting import Forecasting, Formats, encode
@@ -72,6 +73,8 @@ def create_app(
     if keys is not None:
         app.add_middleware(Authentication, keys=keys, metrics=metrics)
     routes = frozenset(getattr(route, "path", "") for route in app.routes)
+    if behind_door:
+        app.add_middleware(PlacesReport, places=backend.places, most=config.limits.max_concurrent)
     app.add_middleware(
         RequestContext, metrics=metrics, routes=routes, behind_serve=behind_serve, behind_door=behind_door
     )

@@ -248,6 +248,14 @@ class ReplicaView:
     counters: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Places:
+    """How many small jobs may be under way at once, those that are counted in; and when to ask again if all are."""
+
+    count: int
+    retry_after_s: float
+
+
 class Backend(Protocol):
     """Who computes for the ingress."""
 
@@ -257,6 +265,9 @@ class Backend(Protocol):
 
     def refuse_if_crowded(self) -> None:
         """Raises ServiceError queue_full if a small job would find no room: then there is no need to read one."""
+
+    def places(self) -> Places | None:
+        """What serve_app.door may refuse by; None if it may not."""
 
     async def forecast(self, job: Job, prefer: str | None) -> Answered:
         """prefer: "cpu" or "gpu" for a replica group, None for the usual order. Raises ServiceError."""

@@ -60,7 +60,7 @@ class ClientLimits:
             raise ServiceError("concurrency_limited", f"over the limit of {own} requests at once: wait for one to end")
         if self._running.total() >= limits.max_concurrent:
             message = f"the service is answering {limits.max_concurrent} requests already"
-            raise ServiceError("queue_full", message, crowded=True)
+            raise ServiceError("queue_full", message)
         self._running[client] += 1
         try:
             yield

@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.plan import Plan, gpu_slots, why_no_gpu
 from serve_app.admission import Admission, Booking
 from serve_app.errors import ALL_FULL, FieldError, ServiceError, invalid_fields
-from serve_app.jobs import Answered, Bars, Chunk, DeviceFacts, Done, Failed, Job, ReplicaView, Resume
+from serve_app.jobs import Answered, Bars, Chunk, DeviceFacts, Done, Failed, Job, Places, ReplicaView, Resume
 from serve_app.listing import REPLICAS
 from serve_app.logs import log
 
@@ -186,26 +186,36 @@ class RayBackend:
         for name in usable:
             if self.admission.has_room(name, job.work, len(_alive(name)), self._others(name)):
                 return self.admission.start(name, job.work, len(job.tasks)), self._group_warnings(prefer, name)
-        raise self._full(alive, dict.fromkeys(usable, job.work), crowded=self._crowded(alive))
+        raise self._full(alive, dict.fromkeys(usable, job.work))
 
     def refuse_if_crowded(self) -> None:
         """See serve_app.jobs.Backend."""
         alive = [name for name in self.groups() if _alive(name)]
-        if alive and self._crowded(alive):
-            raise self._full(alive, {name: self.admission.small_work(name) for name in alive}, crowded=True)
+        if alive and all(self.admission.crowded(name, len(_alive(name)), self._others(name)) for name in alive):
+            raise self._full(alive, self._small_work(alive))
 
-    def _crowded(self, groups: Sequence[str]) -> bool:
-        return all(self.admission.crowded(name, len(_alive(name)), self._others(name)) for name in groups)
+    def places(self) -> Places | None:
+        """See serve_app.jobs.Backend. None also while overload has a sleeping group to wake, which is done here."""
+        alive = [name for name in self.groups() if _alive(name)]
+        if not alive or (self._spill and any(self._can_wake(name) for name in self.groups() if name not in alive)):
+            return None
+        count = sum(self.admission.places(name, len(_alive(name)), self._others(name)) for name in alive)
+        return Places(count, self._retry_after_s(self._small_work(alive)))
 
-    def _full(self, alive: Sequence[str], work: Mapping[str, int], *, crowded: bool) -> ServiceError:
+    def _small_work(self, groups: Sequence[str]) -> dict[str, int]:
+        return {name: self.admission.small_work(name) for name in groups}
+
+    def _full(self, alive: Sequence[str], work: Mapping[str, int]) -> ServiceError:
         """What to say to work that finds no room in the groups it names; those that are not alive are woken."""
         if self._spill:
             self._wake([name for name in self.groups() if name not in alive])
-        wait = min(
+        return ServiceError("queue_full", ALL_FULL, retry_after_s=self._retry_after_s(work))
+
+    def _retry_after_s(self, work: Mapping[str, int]) -> float:
+        return min(
             self.admission.retry_after_s(name, amount, len(_alive(name)), self._others(name))
             for name, amount in work.items()
         )
-        return ServiceError("queue_full", ALL_FULL, retry_after_s=wait, crowded=crowded)
 
     async def _wait_for_replica(self, job: Job, order: Sequence[str]) -> list[str]:
         """Wakes the groups that sleep and waits for the first replica of any."""
@@ -226,14 +236,19 @@ class RayBackend:
     def _wake(self, groups: Sequence[str]) -> None:
         """Shows Ray demand for groups without replicas: a call that waits in the handle until there is one."""
         for name in groups:
-            planned = self._plan.group(name)
-            if planned is None or ((waking := self._waking.get(name)) is not None and not waking.done()):
-                continue
-            gpus = (self._resources() or {}).get("GPU", 0.0)
-            if planned.follows_gpus and gpu_slots(gpus, planned.num_gpus) == 0:
+            waking = self._waking.get(name)
+            if (waking is not None and not waking.done()) or not self._can_wake(name):
                 continue
             log(logging.INFO, "waking a group that has no replica", group=name)
             self._waking[name] = asyncio.ensure_future(self._call_waker(name))
+
+    def _can_wake(self, name: str) -> bool:
+        """Whether the cluster has what the group runs on."""
+        planned = self._plan.group(name)
+        if planned is None:
+            return False
+        gpus = (self._resources() or {}).get("GPU", 0.0)
+        return not planned.follows_gpus or gpu_slots(gpus, planned.num_gpus) > 0
 
     async def _call_waker(self, group: str) -> None:
         response = self._wakers[group].remote()

@@ -61,12 +61,15 @@ class FakeBackend:
 
     def __init__(self, *, error=None, fail_after=0, delay_s=0.0, loaded=True, device_warning=None):
         self.error, self.delay_s, self.loaded, self.device_warning = error, delay_s, loaded, device_warning
-        self.fail_after, self.crowded = fail_after, None
+        self.fail_after, self.crowded, self.small_jobs = fail_after, None, None
         self.jobs, self.preferred, self.cancelled, self.closed = [], [], 0, 0
 
     def refuse_if_crowded(self):
         if self.crowded is not None:
             raise self.crowded
+
+    def places(self):
+        return self.small_jobs
 
     async def forecast(self, job, prefer):
         self.jobs.append(job)

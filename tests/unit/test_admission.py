@@ -99,6 +99,21 @@ def test_the_bound_in_seconds_waits_until_every_worker_has_something(clock):
     assert not admission.has_room("cpu", 1000, 2, 0)
 
 
+def test_places_are_what_is_under_way_and_what_finds_room(clock):
+    admission = admission_of(clock, bound=100, max_wait_s=5.0)
+    assert admission.places("cpu", 1, 0) == 100
+    for _ in range(ENOUGH_JOBS):
+        compute(admission, clock, 1, 1.0)
+    bookings = [admission.start("cpu", 1, 1) for _ in range(2)]
+    assert admission.places("cpu", 1, 0) == 6  # as many as has_room would take
+    assert admission.places("cpu", 1, 7) == 13
+    while admission.has_room("cpu", 1, 1, 0):
+        bookings.append(admission.start("cpu", 1, 1))
+    assert len(bookings) == admission.places("cpu", 1, 0) == 6
+    admission.end(bookings.pop(), computed=True)
+    assert admission.places("cpu", 1, 0) > len(bookings)
+
+
 def test_one_huge_job_leaves_room_for_others(clock):
     admission = admission_of(clock, bound=10**6, max_wait_s=5.0)
     for _ in range(ENOUGH_JOBS):

@@ -1,4 +1,4 @@
-"""While the ingress says that it is crowded, the proxy answers for it, and tells it later how often."""
+"""While as many requests are under way as the ingress takes, the proxy answers for it, and tells it later how often."""
 
 import asyncio
 import json
@@ -8,9 +8,9 @@ import httpx
 import pytest
 
 from serve_app.config import AppConfig
-from serve_app.door import CLOSED_S, LoadShedding
-from serve_app.errors import ServiceError
+from serve_app.door import STALE_S, LoadShedding
 from serve_app.ingress import create_app
+from serve_app.jobs import Places
 from serve_app.proxy import ClientHeaders, middlewares
 
 
@@ -25,7 +25,17 @@ class Door:
         self.app = ClientHeaders(LoadShedding(self.app, clock=lambda: self.now))
 
     def ask(self, body, path="/v1/forecast", **headers):
-        return asyncio.run(self._request("POST", path, json=body, headers=headers))
+        return asyncio.run(self.post(body, path, **headers))
+
+    async def post(self, body, path="/v1/forecast", **headers):
+        return await self._request("POST", path, json=body, headers=headers)
+
+    async def beside(self, count, body, path="/v1/forecast", **headers):
+        """Answers to `count` requests that are under way, and to one more that comes then."""
+        first = [asyncio.ensure_future(self.post(body)) for _ in range(count)]
+        await asyncio.sleep(0.05)
+        last = await self.post(body, path, **headers)
+        return await asyncio.gather(*first), last
 
     def metric(self, pattern):
         text = asyncio.run(self._request("GET", "/v1/metrics")).text
@@ -37,8 +47,6 @@ class Door:
             return await client.request(method, path, **content)
 
 
-FULL = ServiceError("queue_full", "full", retry_after_s=3, crowded=True)
-NARROW = ServiceError("queue_full", "full", retry_after_s=3)
 REFUSED = r'kronos_requests_total{route="/v1/forecast",status="429"}'
 
 
@@ -47,45 +55,94 @@ def body(columns):
     return {"series": [columns()], "horizon": 1}
 
 
-def test_a_crowded_service_is_answered_for_and_then_asked_again(fake_backend, body):
-    door = Door(fake_backend(error=FULL))
-    first = door.ask(body)
-    assert first.status_code == 429
-    assert "x-kronos-crowded" not in first.headers
-    door.backend.error = None
+def full(fake_backend, count):
+    """A door that has heard of `count` places, before a backend that takes a moment."""
+    door = Door(fake_backend(delay_s=0.2))
+    door.backend.small_jobs = Places(count, 2.2)
+    assert "x-kronos-places" not in door.ask(body_of_one()).headers
+    return door
 
-    refused = door.ask(body, **{"x-request-id": "mine"})
+
+def body_of_one():
+    bars = {name: [10.0, 11.0, 10.5, 10.8] for name in ("open", "high", "low", "close")}
+    times = [f"2024-01-02T09:3{i}:00" for i in range(4)]
+    return {"series": [{**bars, "timestamps": times}], "horizon": 1}
+
+
+def test_what_finds_no_place_is_answered_for(fake_backend, body):
+    door = full(fake_backend, 2)
+    asked = len(door.backend.jobs)
+    answers, refused = asyncio.run(door.beside(2, body, **{"x-request-id": "mine"}))
+    assert [answer.status_code for answer in answers] == [200, 200]
     assert (refused.status_code, refused.headers["retry-after"], refused.headers["x-request-id"]) == (429, "3", "mine")
-    assert refused.json()["error"] == {
-        **first.json()["error"],
-        "request_id": "mine",
-        "message": refused.json()["detail"],
-    }
-    assert door.ask(body, "/v1/predict/single").status_code == 429
+    assert refused.json()["error"]["code"] == "queue_full"
+    assert refused.json()["error"]["request_id"] == "mine"
+    assert len(door.backend.jobs) == asked + 2
+    _, refused = asyncio.run(door.beside(2, body, "/v1/predict/single"))
+    assert refused.status_code == 429
 
-    door.now += CLOSED_S
+    # There is room again, and the ingress hears how many the door has refused.
     assert door.ask(body).status_code == 200
-    # One of the ingress's own, and one of the door's, of which it was told.
-    assert door.metric(REFUSED) == 2
+    assert door.metric(REFUSED) == 1
     assert door.metric(r'kronos_requests_total{route="/v1/predict/single",status="429"}') == 1
-    assert door.metric(r'kronos_errors_total{code="queue_full"}') == 3
+    assert door.metric(r'kronos_errors_total{code="queue_full"}') == 2
     assert door.ask(body).status_code == 200
-    assert door.metric(REFUSED) == 2
+    assert door.metric(REFUSED) == 1
 
 
-def test_a_job_that_is_too_large_for_what_is_left_closes_nothing(fake_backend, body):
-    door = Door(fake_backend(error=NARROW))
-    assert door.ask(body).status_code == 429
-    door.backend.error = None
+def test_without_news_one_request_goes_in_now_and_then(fake_backend, body):
+    door = full(fake_backend, 1)
+
+    async def go():
+        long = asyncio.ensure_future(door.post(body))
+        await asyncio.sleep(0.05)
+        refused = await door.post(body)
+        door.now += STALE_S
+        first, second = await asyncio.gather(door.post(body), door.post(body))
+        return refused.status_code, {first.status_code, second.status_code}, (await long).status_code
+
+    assert asyncio.run(go()) == (429, {200, 429}, 200)
+
+
+def test_a_backend_that_knows_no_bound_leaves_the_one_of_the_service(fake_backend, body):
+    door = Door(fake_backend(delay_s=0.1))
     assert door.ask(body).status_code == 200
+    answers, last = asyncio.run(door.beside(5, body))
+    assert {answer.status_code for answer in (*answers, last)} == {200}
+
+
+def test_a_body_that_comes_drop_by_drop_keeps_nobody_out(fake_backend, body):
+    door = full(fake_backend, 1)
+
+    async def slowly(arrived):
+        raw = json.dumps(body).encode()
+        yield raw[:10]
+        await arrived.wait()
+        yield raw[10:]
+
+    async def go():
+        arrived = asyncio.Event()
+        headers = {"content-type": "application/json"}
+        slow = asyncio.ensure_future(door._request("POST", "/v1/forecast", content=slowly(arrived), headers=headers))
+        await asyncio.sleep(0.05)
+        quick = await door.post(body)
+        arrived.set()
+        return quick.status_code, (await slow).status_code
+
+    assert asyncio.run(go()) == (200, 200)
 
 
 def test_other_routes_and_applications_stay_open(fake_backend, body):
-    door = Door(fake_backend(error=FULL))
-    assert door.ask(body).status_code == 429
-    assert door.metric("\nkronos_concurrent_requests") == 0
-    door.backend.error = None
-    assert door.ask(body, "/other/v1/forecast").status_code == 404
+    door = full(fake_backend, 1)
+
+    async def go():
+        long = asyncio.ensure_future(door.post(body))
+        await asyncio.sleep(0.05)
+        answers = await door._request("GET", "/v1/metrics"), await door.post(body, "/other/v1/forecast")
+        await long
+        return [answer.status_code for answer in answers]
+
+    assert asyncio.run(go()) == [200, 404]
 
 
 def test_clients_cannot_forge_the_count(fake_backend, body):

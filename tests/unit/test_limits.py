@@ -70,7 +70,7 @@ def test_concurrent_requests_over_http(fake_backend, columns):
 
 def test_a_full_service_reads_no_body(fake_backend):
     backend = fake_backend()
-    backend.crowded = ServiceError("queue_full", "full", crowded=True)
+    backend.crowded = ServiceError("queue_full", "full")
 
     async def go():
         transport = httpx.ASGITransport(app=create_app(backend, AppConfig()))

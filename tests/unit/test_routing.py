@@ -376,7 +376,7 @@ def test_a_crowded_service_refuses_before_it_reads():
     made.admission.start("cpu", 1, 1)
     with pytest.raises(ServiceError) as caught:
         made.refuse_if_crowded()
-    assert (caught.value.code, caught.value.crowded) == ("queue_full", True)
+    assert caught.value.code == "queue_full"
     assert backend({"cpu": Handle()}, alive=[]).refuse_if_crowded() is None
 
 
@@ -386,9 +386,28 @@ def test_a_huge_job_alone_does_not_make_a_service_crowded():
     made.refuse_if_crowded()
 
 
-def test_a_large_job_is_refused_without_a_word_on_the_others():
+def test_a_large_job_is_refused_and_leaves_places_for_small_ones():
     made = backend({"cpu": Handle(None)}, bound=10)
     made.admission.start("cpu", 4, 1)
     with pytest.raises(ServiceError) as caught:
         ask(made, job=job_of(9))
-    assert (caught.value.code, caught.value.crowded) == ("queue_full", False)
+    assert caught.value.code == "queue_full"
+    assert made.places().count == 7  # it, and six of work 1
+
+
+def test_places_count_every_group_that_is_awake():
+    made = backend({"gpu": Handle(None), "cpu": Handle(None)}, bound=10)
+    made.admission.start("gpu", 10, 1)
+    assert made.places().count == 11
+    for _ in range(10):
+        made.admission.start("cpu", 1, 1)
+    assert made.places().count == 11
+    assert made.places().retry_after_s >= 1
+
+
+def test_nothing_is_refused_at_the_door_while_a_group_can_be_woken():
+    """Overload wakes it, and only what reaches the ingress does."""
+    made = backend({"gpu": Handle(), "cpu": Handle()}, alive=[])
+    assert made.places() is None
+    assert backend({"gpu": Handle(), "cpu": Handle()}, alive=["cpu"], gpus=1.0).places() is None
+    assert backend({"gpu": Handle(), "cpu": Handle()}, alive=["cpu"]).places().count == 100
