@@ -8,6 +8,7 @@ the door refuses the others itself.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections import Counter
@@ -26,13 +27,17 @@ PLACES = "x-kronos-places"
 """Header of an answer, from PlacesReport to LoadShedding: Places.count and Places.retry_after_s."""
 STALE_S = 1.0
 """After so long without an answer one request goes in, whatever is under way: things may have changed."""
+MARGIN = 16
+"""One place in so many is kept back: the room that a request was let in for must still be there when it arrives."""
+BODY_PATIENCE_S = 0.25
+"""How long a request is under way before its body is there."""
 
 
 @dataclass
 class _Door:
     """Of one application, which its prefix names. refused: requests by route that the ingress has not heard of.
 
-    under_way: requests whose body is there and whose answer is not.
+    under_way: requests whose answer is not out.
     """
 
     places: Places
@@ -47,6 +52,35 @@ class _Door:
             return True
         self.heard_at = now
         return False
+
+
+class _Place:
+    """One request's place among those under way, from when it comes; not while its body is long in coming."""
+
+    def __init__(self, door: _Door) -> None:
+        self._door = door
+        self._taken = False
+        self._take()
+        # Whoever sends a body drop by drop must not keep the others out.
+        self._patience = asyncio.get_running_loop().call_later(BODY_PATIENCE_S, self._release)
+
+    def body_is_there(self) -> None:
+        self._patience.cancel()
+        self._take()
+
+    def leave(self) -> None:
+        self._patience.cancel()
+        self._release()
+
+    def _take(self) -> None:
+        if not self._taken:
+            self._taken = True
+            self._door.under_way += 1
+
+    def _release(self) -> None:
+        if self._taken:
+            self._taken = False
+            self._door.under_way -= 1
 
 
 class LoadShedding:
@@ -74,15 +108,12 @@ class LoadShedding:
             report = json.dumps(door.refused).encode()
             scope = {**scope, "headers": [*scope["headers"], (REFUSED_AT_DOOR.encode(), report)]}
             door.refused = Counter()
-        counted = False
+        place = None if door is None else _Place(door)
 
-        async def counting() -> Message:
-            nonlocal counted
+        async def watching() -> Message:
             message = await receive()
-            # Only now: whoever sends a body drop by drop must not keep the others out.
-            if door is not None and not counted and message["type"] == "http.request" and not message.get("more_body"):
-                counted = True
-                door.under_way += 1
+            if place is not None and message["type"] == "http.request" and not message.get("more_body"):
+                place.body_is_there()
             return message
 
         async def noticing(message: Message) -> None:
@@ -94,10 +125,10 @@ class LoadShedding:
             await send(message)
 
         try:
-            await self.app(scope, counting, noticing)
+            await self.app(scope, watching, noticing)
         finally:
-            if door is not None and counted:
-                door.under_way -= 1
+            if place is not None:
+                place.leave()
 
     def _hear(self, prefix: str, news: str) -> None:
         count, retry_after_s = news.split()
@@ -123,7 +154,7 @@ class PlacesReport:
         async def saying(message: Message) -> None:
             if message["type"] == "http.response.start":
                 places = self._places() or Places(self._most, 1.0)
-                count = min(places.count, self._most)
+                count = min(places.count - places.count // MARGIN, self._most)
                 MutableHeaders(scope=message)[PLACES] = f"{count} {places.retry_after_s:.3f}"
             await send(message)
 

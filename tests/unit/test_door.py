@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from serve_app.config import AppConfig
-from serve_app.door import STALE_S, LoadShedding
+from serve_app.door import BODY_PATIENCE_S, STALE_S, LoadShedding
 from serve_app.ingress import create_app
 from serve_app.jobs import Places
 from serve_app.proxy import ClientHeaders, middlewares
@@ -124,7 +124,7 @@ def test_a_body_that_comes_drop_by_drop_keeps_nobody_out(fake_backend, body):
         arrived = asyncio.Event()
         headers = {"content-type": "application/json"}
         slow = asyncio.ensure_future(door._request("POST", "/v1/forecast", content=slowly(arrived), headers=headers))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(BODY_PATIENCE_S + 0.05)
         quick = await door.post(body)
         arrived.set()
         return quick.status_code, (await slow).status_code
