@@ -34,6 +34,52 @@ class Booking:
     busy_s: float
 
 
+class _Least:
+    """The least value among the newest ones of a queue, in constant time."""
+
+    def __init__(self) -> None:
+        self._candidates: deque[float] = deque()  # each before any that is less and after it
+
+    def add(self, value: float) -> None:
+        while self._candidates and self._candidates[-1] > value:
+            self._candidates.pop()
+        self._candidates.append(value)
+
+    def drop(self, value: float) -> None:
+        """value: of the oldest."""
+        if self._candidates[0] == value:
+            self._candidates.popleft()
+
+    def __call__(self) -> float:
+        return self._candidates[0]
+
+
+class _Finished:
+    """The jobs that came back in the last RATE_WINDOW_S. Asked at every request, so it adds up nothing then."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[tuple[float, Booking]] = deque()
+        self.work = 0
+        self.least_work, self.least_busy_s = _Least(), _Least()
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def add(self, now: float, booking: Booking) -> None:
+        self._jobs.append((now, booking))
+        self.work += booking.work
+        self.least_work.add(booking.work)
+        self.least_busy_s.add(booking.busy_s)
+
+    def forget(self, now: float) -> None:
+        """What is too old by now."""
+        while self._jobs and self._jobs[0][0] < now - RATE_WINDOW_S:
+            _, booking = self._jobs.popleft()
+            self.work -= booking.work
+            self.least_work.drop(booking.work)
+            self.least_busy_s.drop(booking.busy_s)
+
+
 class Admission:
     """What one ingress replica has sent to each group and not got back, against the groups' bounds."""
 
@@ -52,7 +98,7 @@ class Admission:
         self._clock = clock
         self._bookings: dict[str, set[Booking]] = {name: set() for name in bounds}
         self._own: Counter[str] = Counter()
-        self._finished: dict[str, deque[tuple[float, Booking]]] = {name: deque() for name in bounds}
+        self._finished = {name: _Finished() for name in bounds}
         self._busy: dict[str, float] = dict.fromkeys(bounds, 0.0)
         self._busy_since: dict[str, float] = {}
 
@@ -82,8 +128,10 @@ class Admission:
 
     def small_work(self, group: str) -> int:
         """Of the smallest job under way or finished lately; at most a hundredth of the bound: huge jobs say nothing."""
-        lately = [*self._bookings[group], *(booking for _, booking in self._finished[group])]
-        return max(1, min([self._most_small(group), *(booking.work for booking in lately)]))
+        smallest = [self._most_small(group), *(booking.work for booking in self._bookings[group])]
+        if finished := self._finished[group]:
+            smallest.append(int(finished.least_work()))
+        return max(1, min(smallest))
 
     def _most_small(self, group: str) -> int:
         return max(1, self.bounds[group] // 100)
@@ -108,9 +156,9 @@ class Admission:
         """computed: the work was done, rather than cancelled or refused; it counts for the rate."""
         group = booking.group
         if computed:
-            self._finished[group].append((self._clock(), booking))
+            self._finished[group].add(self._clock(), booking)
         # Here too, and not only where the rate is asked for: without pressure nobody asks.
-        self._forget_old(group)
+        self._finished[group].forget(self._clock())
         self._bookings[group].remove(booking)
         self._own[group] -= booking.work
         if not self._bookings[group]:
@@ -123,20 +171,13 @@ class Admission:
 
     def rate(self, group: str) -> float | None:
         """Work that came back per second in which there was some, over the last RATE_WINDOW_S; None if nothing did."""
-        self._forget_old(group)
         finished = self._finished[group]
-        if not finished:
-            return None
-        return sum(booking.work for _, booking in finished) / max(SHORTEST_BUSY_S, self._measured_s(group))
+        finished.forget(self._clock())
+        return finished.work / max(SHORTEST_BUSY_S, self._measured_s(group)) if finished else None
 
     def _measured_s(self, group: str) -> float:
         """Busy seconds behind the rate."""
-        return self._busy_s(group) - min(booking.busy_s for _, booking in self._finished[group])
-
-    def _forget_old(self, group: str) -> None:
-        finished, oldest = self._finished[group], self._clock() - RATE_WINDOW_S
-        while finished and finished[0][0] < oldest:
-            finished.popleft()
+        return self._busy_s(group) - self._finished[group].least_busy_s()
 
     def wait_s(self, group: str) -> float:
         """Seconds of work under way; 0 as long as too little has been measured."""

@@ -1,8 +1,18 @@
 """How much work may be under way."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from serve_app.admission import ENOUGH_BUSY_S, ENOUGH_JOBS, RATE_WINDOW_S, UNKNOWN_RETRY_S, Admission
+from serve_app.admission import (
+    ENOUGH_BUSY_S,
+    ENOUGH_JOBS,
+    RATE_WINDOW_S,
+    UNKNOWN_RETRY_S,
+    Admission,
+    Booking,
+    _Finished,
+)
 
 LONG = 1e9
 
@@ -160,3 +170,19 @@ def test_a_service_that_is_never_under_pressure_does_not_collect_finished_jobs(c
         assert admission.has_room("cpu", 1, 1, 0)
         compute(admission, clock, 1, 1.0)
     assert len(admission._finished["cpu"]) <= RATE_WINDOW_S + 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5)), max_size=60))
+def test_what_came_back_lately_is_known_without_counting_it_again(steps):
+    """Against a plain list: jobs of some work, seconds apart, most of them forgotten again."""
+    now, finished, plain = 0.0, _Finished(), []
+    for pause, work in steps:
+        now += pause * RATE_WINDOW_S / 4
+        booking = Booking("cpu", work, 1, float(work % 3))
+        finished.add(now, booking)
+        finished.forget(now)
+        plain = [(at, one) for at, one in [*plain, (now, booking)] if at >= now - RATE_WINDOW_S]
+        assert len(finished) == len(plain)
+        assert finished.work == sum(one.work for _, one in plain)
+        assert finished.least_work() == min(one.work for _, one in plain)
+        assert finished.least_busy_s() == min(one.busy_s for _, one in plain)
