@@ -17,8 +17,9 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 serve: $(VENV)/.installed
 	exec $(BIN)/python -m serve_app.run serve_config.yaml $(ARGS)
 
+# Two at a time: what starts Ray in one process, all other files in the second. ARGS="-n 0" runs them in one.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 # The claims about training and evaluation, the long ones included (about 20 minutes), and a table of their figures.
 verify: $(VENV)/.installed
