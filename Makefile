@@ -17,7 +17,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 serve: $(VENV)/.installed
 	exec $(BIN)/python -m serve_app.run serve_config.yaml $(ARGS)
 
-# Two at a time: what starts Ray in one process, all other files in the second. ARGS="-n 0" runs them in one.
+# Two processes: one for what starts Ray, one for all else. In one: ARGS="-n 0". The slow tests: $(BIN)/python -m pytest -m slow.
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
