@@ -20,17 +20,24 @@ def pytest_addoption(parser):
     parser.addoption("--reference", help="checkout of the public implementation to compare with")
 
 
-FIGURES = pytest.StashKey[list[tuple[str, str, str]]]()
+def pytest_collection_modifyitems(items):
+    """What `make test` runs side by side: a file's tests stay together, and all that start Ray, one after another.
+
+    Two Ray clusters at once would compete for the processors, and README's commands for port 8000.
+    """
+    for item in items:
+        ray = item.path.parent.name in ("distributed", "serving")
+        item.add_marker(pytest.mark.xdist_group("ray" if ray else item.path.stem))
 
 
-def pytest_configure(config):
-    config.stash[FIGURES] = []
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    if config.stash[FIGURES]:
+def pytest_terminal_summary(terminalreporter):
+    """The figures travel with the reports of their tests, which also come from other processes."""
+    reports = [report for group in terminalreporter.stats.values() for report in group]
+    called = [report for report in reports if getattr(report, "when", None) == "call"]
+    figures = [tuple(value) for report in called for name, value in report.user_properties if name == "figure"]
+    if figures:
         terminalreporter.section("figures of the verified claims")
-        for claim, figure, bound in sorted(config.stash[FIGURES]):
+        for claim, figure, bound in sorted(figures):
             terminalreporter.write_line(f"{claim:<5} {figure}" + (f"   [{bound}]" if bound else ""))
 
 
@@ -38,7 +45,7 @@ def pytest_terminal_summary(terminalreporter, config):
 def figure(request):
     """figure("largest weight difference 0.0", "must be 0"): a line of the table that `make verify` ends with."""
     claim = request.node.get_closest_marker("verify").args[0]
-    return lambda text, bound="": request.config.stash[FIGURES].append((claim, text, bound))
+    return lambda text, bound="": request.node.user_properties.append(("figure", (claim, text, bound)))
 
 
 @pytest.fixture(scope="session")

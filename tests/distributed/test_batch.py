@@ -118,17 +118,21 @@ def test_the_numbers_are_the_predictors(undisturbed, table, model):
     assert undisturbed["error"].isna().all()
 
 
-def test_two_actors_and_small_units_change_nothing(undisturbed, table, model, tmp_path):
-    _, two = forecast(table, tmp_path / "out", model, actors=2, symbols_per_part=3)
-    same(two, undisturbed)
-
-
-def test_a_wide_table_gives_the_numbers_of_the_long_one(undisturbed, table, model, tmp_path):
+@pytest.fixture(scope="module")
+def in_parts(cluster, table, model, tmp_path_factory):
+    """(input, output, forecast) of the same bars as a wide table, computed by two actors in three parts."""
+    folder = tmp_path_factory.mktemp("in_parts")
     wide = pd.read_parquet(table).pivot(index="timestamps", columns="symbol").swaplevel(axis=1)
     wide.columns = [f"{symbol}.{field}" for symbol, field in wide.columns]
-    wide.reset_index().to_csv(tmp_path / "wide.csv", index=False)
-    _, from_wide = forecast(tmp_path / "wide.csv", tmp_path / "out", model, actors=2)
-    same(from_wide, undisturbed)
+    wide.reset_index().to_csv(folder / "wide.csv", index=False)
+    code, found = forecast(folder / "wide.csv", folder / "out", model, actors=2, symbols_per_part=3)
+    assert code == 0
+    assert len(list((folder / "out").glob("part-*"))) == 3
+    return folder / "wide.csv", folder / "out", found
+
+
+def test_two_actors_small_units_and_a_wide_table_change_nothing(undisturbed, in_parts):
+    same(in_parts[2], undisturbed)
 
 
 @pytest.mark.slow
@@ -160,7 +164,7 @@ def test_bad_symbols_cost_their_own_row(undisturbed, cluster, model, tmp_path, c
     mixed = good.assign(symbol="ZONES", timestamps=[f"{t}+08:00" if t.minute else f"{t}" for t in good["timestamps"]])
     pd.concat([table.astype({"timestamps": str}), mixed]).to_csv(tmp_path / "bars.csv", index=False)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-    code, found = forecast(tmp_path / "b*", tmp_path / "out", model)
+    code, found = forecast(tmp_path / "b*", tmp_path / "out", model, actors=1)
     assert code == 1
     failed = found[found["error"].notna()]
     assert dict(zip(failed["symbol"], failed["error_code"], strict=True)) == {
@@ -179,12 +183,11 @@ def test_bad_symbols_cost_their_own_row(undisturbed, cluster, model, tmp_path, c
     assert "8 forecast, 7 with an error" in capsys.readouterr().out
 
 
-def test_a_second_run_does_nothing_and_other_settings_are_refused(undisturbed, table, model, tmp_path, capsys):
-    output = tmp_path / "out"
-    _, first = forecast(table, output, model, symbols_per_part=4)
+def test_a_second_run_does_nothing_and_other_settings_are_refused(in_parts, model, capsys):
+    table, output, first = in_parts
     written = {path: path.stat().st_mtime_ns for path in output.glob("part-*")}
     capsys.readouterr()
-    code, second = forecast(table, output, model, symbols_per_part=4)
+    code, second = forecast(table, output, model, symbols_per_part=3)
     assert code == 0
     assert "0 of them computed now" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in output.glob("part-*")} == written
@@ -218,7 +221,7 @@ def test_a_killed_run_goes_on_where_it_was(undisturbed, cluster, table, model, t
     assert 1 <= len(written) < len(LENGTHS)
 
     _wait_for_free_cpus(2)
-    code, resumed = forecast(table, output, model, symbols_per_part=1, actors=2)
+    code, resumed = forecast(table, output, model, symbols_per_part=1, actors=1)
     assert code == 0
     same(resumed, undisturbed)
     assert {path: path.stat().st_mtime_ns for path in written} == written

@@ -144,9 +144,11 @@ def wait_for(path, process, timeout=240):
         time.sleep(0.1)
 
 
-def test_interrupted_training_goes_on_and_ends_as_if_nothing_had_happened(tmp_path, start):
-    """One worker, tokenizer and predictor; Ctrl-C during the predictor; the same command again."""
-    config = write_config(tmp_path, num_workers=1)
+@pytest.mark.parametrize("stages", ["predictor", pytest.param("both", marks=pytest.mark.slow)])
+def test_interrupted_training_goes_on_and_ends_as_if_nothing_had_happened(tmp_path, start, tokenizer, stages):
+    """One worker; Ctrl-C during the predictor; the same command again."""
+    given = None if stages == "both" else tokenizer
+    config = write_config(tmp_path, None, given, num_workers=1)
     process = start(config)
     wait_for(tmp_path / "runs/t/predictor/step_00000[0-9]*", process)
     interrupt(process)
@@ -162,9 +164,9 @@ def test_interrupted_training_goes_on_and_ends_as_if_nothing_had_happened(tmp_pa
     KronosTokenizer.from_pretrained(tmp_path / "out/tokenizer")
     resumed = Kronos.from_pretrained(tmp_path / "out/model")
 
-    # The same in one go, in the trainer's own process.
+    # The same in one go, in this process.
     straight = tmp_path / "straight"
-    finish(start(write_config(straight, num_workers=0, threads=1)))
+    train(load_config(write_config(straight, None, given, num_workers=0, threads=1)))
     last = load_file(straight / "runs/t/predictor/step_0000300/network/model.safetensors")
     best = min(losses, key=lambda line: line["validation_loss"])["step"]
     expected = load_file(straight / f"runs/t/predictor/step_{best:07d}/network/model.safetensors")

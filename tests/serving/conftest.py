@@ -47,7 +47,10 @@ def free_port():
 
 @pytest.fixture(scope="session")
 def serve_run():
-    """(configuration file, port, variables, log) → context: (process of `serve run`, once it is ready)."""
+    """(configuration file, port, variables, log) → context: (process of `serve run`, once it is ready).
+
+    At its end Ctrl-C stops the process, with status 0 and nobody left who answers.
+    """
 
     @contextmanager
     def start(path, port, variables, log):
@@ -76,6 +79,9 @@ def serve_run():
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGINT)
                 process.wait(60)
+        assert process.returncode == 0, log.read_text()[-3000:]
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"http://127.0.0.1:{port}/v1/healthz")
 
     return start
 

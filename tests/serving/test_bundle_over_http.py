@@ -35,7 +35,7 @@ def served(ray_serve, golden, tmp_path, wait):
     serve.run(build_app(config), name="bundles", route_prefix="/bundles")
     wait(lambda: httpx.get(f"{url}/bundles/v1/readyz").status_code == 200, 60)
     yield f"{url}/bundles", root
-    serve.delete("bundles")
+    serve.delete("bundles", _blocking=False)
 
 
 def run_output(golden, folder, factor):

@@ -196,7 +196,7 @@ def sleepy(ray_serve):
     serve.run(assemble(config, {}, None, SlowFactory), name="sleepy", route_prefix="/sleepy")
     with httpx.Client(base_url=f"{url}/sleepy", timeout=60) as client:
         yield client
-    serve.delete("sleepy")
+    serve.delete("sleepy", _blocking=False)
 
 
 def replicas(client):
@@ -216,13 +216,8 @@ def test_a_group_sleeps_and_the_next_request_wakes_it(sleepy, request_body, wait
 
 
 def test_work_brings_replicas_and_its_absence_takes_them(sleepy, request_body, wait):
-    with httpx.Client(base_url=sleepy.base_url, timeout=60) as client:
-        # 25 s of work, so that the second replica comes while there is some.
-        body = request_body(16, 500, samples=2)
-        threads = [threading.Thread(target=lambda: client.post("/v1/forecast", json=body)) for _ in range(2)]
-        for thread in threads:
-            thread.start()
+    # 25 s of work each, so that the second replica comes while there is some; closing the streams ends it.
+    body = request_body(16, 500, samples=2, stream=True)
+    with sleepy.stream("POST", "/v1/forecast", json=body), sleepy.stream("POST", "/v1/forecast", json=body):
         wait(lambda: len(replicas(sleepy)) == 2, 60)
-        for thread in threads:
-            thread.join()
     wait(lambda: not replicas(sleepy), 60)

@@ -65,6 +65,9 @@ class Service:
         return [one["pid"] for one in self.http.get("/v1/replicas").json()["replicas"]]
 
 
+VARIABLES = {"KRONOS_MAX_REQUEST_SIZE_MB": "3", "KRONOS_MAX_CONTEX": "1"}
+
+
 @pytest.fixture(scope="module")
 def service(golden, free_port, serve_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reconfigure")
@@ -90,9 +93,15 @@ def service(golden, free_port, serve_run, tmp_path_factory):
     made = Service(port, folder / "serve_config.yaml", data)
     made.write()
     log = folder / "log"
-    with serve_run(made.path, port, {}, log):
+    with serve_run(made.path, port, VARIABLES, log):
         made.address = re.search(r"http://[\d.]+:\d+", re.sub(r"\x1b\[\d*m", "", log.read_text()))[0]
         yield made
+
+
+def test_variables_of_the_shell_reach_it(service):
+    info = service.http.get("/v1/info").json()
+    assert info["limits"]["max_request_mb"] == 3
+    assert any("KRONOS_MAX_CONTEX, did you mean" in warning for warning in info["warnings"])
 
 
 def test_a_model_is_swapped_without_a_dropped_or_a_mixed_answer(service, golden, request_body, wait):

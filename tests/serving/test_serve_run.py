@@ -1,15 +1,19 @@
-"""The shipped configuration under `serve run`: start, answer, stop."""
+"""The shipped configuration under `serve run`: start, answer, stop.
 
-import signal
+In every run of the suite test_reconfigure.py starts and stops another file so, and test_readme.py the shipped one.
+"""
+
 import time
 from pathlib import Path
 
 import httpx
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_serve_run_starts_answers_and_stops(golden, free_port, serve_run, tmp_path):
     """The shipped file, on another port and over the tests' checkpoint: the shell's KRONOS_ variables reach it."""
     data = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
@@ -18,7 +22,7 @@ def test_serve_run_starts_answers_and_stops(golden, free_port, serve_run, tmp_pa
     path.write_text(yaml.safe_dump(data))
     variables = {"KRONOS_MODEL_PATH": str(golden), "KRONOS_MAX_REQUEST_SIZE_MB": "3", "KRONOS_MAX_CONTEX": "1"}
     started = time.monotonic()
-    with serve_run(path, port, variables, tmp_path / "log") as process:
+    with serve_run(path, port, variables, tmp_path / "log"):
         print(f"ready after {time.monotonic() - started:.1f} s")
         url = f"http://127.0.0.1:{port}"
         info = httpx.get(f"{url}/v1/info").json()
@@ -28,10 +32,3 @@ def test_serve_run_starts_answers_and_stops(golden, free_port, serve_run, tmp_pa
         states = {model["id"]: model["state"] for model in httpx.get(f"{url}/v1/models").json()["models"]}
         assert states["kronos-local"] == "loaded"
         assert states["kronos-small"] == "idle"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-    try:
-        httpx.get(f"{url}/v1/healthz")
-        raise AssertionError("somebody still answers")
-    except httpx.TransportError:
-        pass

@@ -74,9 +74,12 @@ requests_of_any_shape = st.lists(
 )
 
 
-@settings(max_examples=15, deadline=None)
-@given(shapes=requests_of_any_shape, max_context=st.sampled_from([24, 64, 512]), max_rows=st.sampled_from([4, 64]))
-def test_any_company_gives_the_plain_loops_tokens(tiny, series_of, shapes, max_context, max_rows):
+given_any_company = given(
+    shapes=requests_of_any_shape, max_context=st.sampled_from([24, 64, 512]), max_rows=st.sampled_from([4, 64])
+)
+
+
+def check_any_company(tiny, series_of, shapes, max_context, max_rows):
     """Also where windows slide, requests wait for rows, and histories are prefilled in chunks."""
     running = engine(tiny, max_context=max_context, max_rows=max_rows)
     requests = [Request(series_of(*shape), sampling) for *shape, sampling in shapes]
@@ -90,9 +93,7 @@ def test_any_company_gives_the_plain_loops_tokens(tiny, series_of, shapes, max_c
         np.testing.assert_allclose(candles(request), values, rtol=1e-3, atol=1e-3)
 
 
-@settings(max_examples=15, deadline=None)
-@given(shapes=requests_of_any_shape, max_context=st.sampled_from([24, 64, 512]), max_rows=st.sampled_from([4, 64]))
-def test_steps_of_fixed_shapes_give_the_plain_loops_tokens(tiny, series_of, shapes, max_context, max_rows):
+def check_fixed_shapes(tiny, series_of, shapes, max_context, max_rows):
     """What CUDA captures, run uncaptured: gathered attention, rows that only fill up, the sampler that sorts."""
     running = engine(tiny, max_context=max_context, max_rows=max_rows, graphs=True)
     requests = [Request(series_of(*shape), sampling) for *shape, sampling in shapes]
@@ -101,6 +102,26 @@ def test_steps_of_fixed_shapes_give_the_plain_loops_tokens(tiny, series_of, shap
     for request in requests:
         assert request.state is State.FINISHED
         np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, max_context)[0])
+
+
+@settings(max_examples=8, deadline=None)
+@given_any_company
+def test_any_company_gives_the_plain_loops_tokens(tiny, series_of, **company):
+    check_any_company(tiny, series_of, **company)
+
+
+@settings(max_examples=8, deadline=None)
+@given_any_company
+def test_steps_of_fixed_shapes_give_the_plain_loops_tokens(tiny, series_of, **company):
+    check_fixed_shapes(tiny, series_of, **company)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [check_any_company, check_fixed_shapes])
+@settings(max_examples=60, deadline=None)
+@given_any_company
+def test_much_company_gives_the_plain_loops_tokens(tiny, series_of, check, **company):
+    check(tiny, series_of, **company)
 
 
 def test_fixed_shapes_never_read_memory_that_nobody_wrote(tiny, series_of):

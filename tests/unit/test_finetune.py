@@ -48,12 +48,12 @@ def write_yaml(config, folder):
     return path
 
 
-def command_line(config, *arguments, **environment):
+def command_line(config):
     """The trainer in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "cluster.train", "--config", str(config), *arguments],
+        [sys.executable, "-m", "cluster.train", "--config", str(config)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
@@ -95,7 +95,7 @@ def die_at(step, monkeypatch):
 
 
 @pytest.mark.verify("V2")
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_resumed_in_a_new_process_equals_uninterrupted(parent, tmp_path, figure, method):
     """60 steps, and 30 + 30 of which 7 are made twice: the first process dies at step 37."""
     options = {
@@ -288,14 +288,13 @@ def test_a_tokenizer_finetune_reports_how_many_codes_have_changed(parent, tmp_pa
 
 @pytest.mark.verify("V20")
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_dry_run(parent, tmp_path, figure, method):
+def test_dry_run(parent, tmp_path, figure, method, capsys):
     phases = [{"steps": 100_000, "window": 24, "batch_size": 64}]
     config = finetune_config(parent, tmp_path, phases=phases, method=method, training={"num_workers": 64})
     path = write_yaml(config, tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    result = command_line(path, "--dry-run")
-    assert result.returncode == 0, result.stderr[-2000:]
-    lines = result.stdout.splitlines()
+    assert main(["--config", str(path), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert "reloaded: the weights are the same" in lines
     assert any(line.startswith("forecast 4 bars from 64") for line in lines)
     assert lines[-1].startswith("dry run: ok")
@@ -364,16 +363,19 @@ def test_the_record_is_of_what_lies_beside_it(parent, tmp_path):
 
 
 @pytest.mark.verify("V21")
-def test_keys_of_the_environment_are_nowhere_in_the_run(parent, tmp_path, figure):
+def test_keys_of_the_environment_are_nowhere_in_the_run(parent, tmp_path, monkeypatch, capsys, caplog, figure):
     canary = "canary-5f2c9e"
     keys = {
         name: f"{canary}-{name}" for name in ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "COMET_API_KEY")
     }
-    result = command_line(write_yaml(finetune_config(parent, tmp_path, steps=4), tmp_path), **keys)
-    assert result.returncode == 0, result.stderr[-2000:]
+    for name, key in keys.items():
+        monkeypatch.setenv(name, key)
+    caplog.set_level("INFO")
+    assert main(["--config", str(write_yaml(finetune_config(parent, tmp_path, steps=4), tmp_path))]) == 0
+    printed = capsys.readouterr()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     hits = [path for path in files if canary.encode() in path.read_bytes()]
-    assert canary not in result.stdout + result.stderr
+    assert canary not in printed.out + printed.err + caplog.text
     figure(f"{len(keys)} keys in the environment: {len(hits)} hits in {len(files)} files and the output", "0")
     assert hits == []
 

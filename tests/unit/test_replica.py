@@ -33,13 +33,14 @@ REFUSALS = {17: QueueFullError, 19: RequestTooLargeError}
 
 
 class FakeEngine:
-    """Takes step_s per bar, and looks at should_stop before each."""
+    """Takes step_s per bar, and looks at should_stop before each. hold: an event that the second bar waits for."""
 
     def __init__(self, alias, step_s=0.0):
         self.identity = Identity(alias, "local", None, "0" * 64, 1, 512, "m", "t")
         self.calibration = None
         self.device = FACTS
         self.step_s = step_s
+        self.hold = None
         self.steps = 0
         self.stalled = 0.0
         self.companions = []
@@ -66,6 +67,8 @@ class FakeEngine:
         for i in range(series.horizon):
             if should_stop is not None and should_stop():
                 raise ForecastCancelledError("stopped")
+            if i > 0 and self.hold is not None:
+                assert self.hold.wait(60)
             time.sleep(self.step_s)
             self.steps += 1
             if on_bars is not None:
@@ -272,10 +275,19 @@ def collect(replica, job, resume=None):
 
 
 def test_a_stream_gives_every_bar_once_and_then_the_whole():
-    replica, _ = make_replica(step_s=0.01)
-    chunks, done = collect(replica, make_job(8, count=2, samples=3))
+    replica, factory = make_replica()
+    taken = factory.engines["a"].hold = threading.Event()
+
+    async def go():
+        items = []
+        async for item in replica.forecast_stream(make_job(8, count=2, samples=3), None):
+            items.append(item)
+            taken.set()
+        return items
+
+    *chunks, done = asyncio.run(go())
     assert all(isinstance(chunk, Chunk) for chunk in chunks)
-    # Coalesced: 16 bars came in fewer chunks, but not all at the end.
+    # Not all at the end: the second bar waited until somebody had the first. Coalesced: 16 bars came in fewer chunks.
     assert 1 < len(chunks) < 8
     assert all(bars.backend == "cpu" and bars.queue_ms >= 0 for chunk in chunks for bars in chunk.bars)
     for task in range(2):
