@@ -19,7 +19,7 @@ serve: $(VENV)/.installed
 
 # Two processes: one for what starts Ray, one for all else. In one: ARGS="-n 0". The slow tests: $(BIN)/python -m pytest -m slow.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n 2 $(ARGS)
 
 # The claims about training and evaluation, the long ones included (about 20 minutes), and a table of their figures.
 verify: $(VENV)/.installed

@@ -20,14 +20,22 @@ def pytest_addoption(parser):
     parser.addoption("--reference", help="checkout of the public implementation to compare with")
 
 
-def pytest_collection_modifyitems(items):
-    """What `make test` runs side by side: a file's tests stay together, and all that start Ray, one after another.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n 2`: a file's tests stay together, and all that start Ray run one after another.
 
-    Two Ray clusters at once would compete for the processors, and README's commands for port 8000.
+    Two Ray clusters at once would compete for the processors, and README's commands for port 8000. These come first and
+    take longest. (xdist's own loadgroup does not group under this pytest: it writes a field that items no longer have.)
     """
-    for item in items:
-        ray = item.path.parent.name in ("distributed", "serving")
-        item.add_marker(pytest.mark.xdist_group("ray" if ray else item.path.stem))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.split("::")[0]
+            return "ray" if path.startswith(("tests/distributed/", "tests/serving/")) else path
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
 
 
 def pytest_terminal_summary(terminalreporter):
