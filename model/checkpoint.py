@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from model.errors import CheckpointMismatchError, CheckpointNotFoundError, UnsafeCheckpointError
 
@@ -125,6 +126,22 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     }
 
 
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves new weights unfilled: loading replaces them, and leaves torch's global generator alone.
+
+    Memory that nobody writes costs nothing. The device "meta" would do the same and import torch's compiler: 2 s.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.normal_:
+            return args[0]
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
 class PretrainedMixin:
     """from_pretrained and save_pretrained for a network whose config is its constructor's keyword arguments."""
 
@@ -159,8 +176,7 @@ class PretrainedMixin:
         config = _read_config(folder, cls.config_keys())
         weights = _read_weights(folder)
         try:
-            # On "meta" nothing is allocated or drawn at random: loading leaves torch's global generator alone.
-            with torch.device("meta"):
+            with _NothingDrawn():
                 network = cls(**config)
         except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
             raise CheckpointMismatchError(

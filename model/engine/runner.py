@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.engine.attention import SequenceCache
-from model.engine.compiled import CompiledStack
 from model.engine.graphs import GraphedSteps, StepInput, place
 from model.engine.kv_cache import Block
 from model.engine.packing import packed
@@ -29,6 +28,9 @@ from model.kronos import Kronos
 from model.sampler import S1_HEAD, S2_HEAD
 from model.tokenizer import KronosTokenizer
 from model.types import MARK_SIZES
+
+if TYPE_CHECKING:
+    from model.engine.compiled import CompiledStack
 
 DECODE_CHUNK = 64
 """Bars of each path that pass the tokenizer's decoder at once, which bounds the memory of its attention scores."""
@@ -114,6 +116,8 @@ class Runner:
             self._graphs = GraphedSteps(self._model, self._stack, self._memory, config.max_context)
         self._compiled: CompiledStack | None = None
         if config.compile_rows:
+            from model.engine.compiled import CompiledStack  # on first use: registering its operation takes 0.1 s
+
             self._compiled = CompiledStack(model, config.max_context, config.precision, config.compile_rows, device)
         self._batch: tuple[list[Request], RowSettings] | None = None
 
