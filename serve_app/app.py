@@ -34,7 +34,8 @@ from serve_app.status import public_settings
 
 MAX_ONGOING = 1000
 """Requests that Ray lets into a replica: our own queue decides what waits and what is refused."""
-HEALTH_CHECK_PERIOD_S = 2
+HEALTH_CHECK_PERIOD_S = 0.5
+"""How late a killed replica is missed. Its successor takes seconds to start, so every one before it counts."""
 GRACEFUL_SHUTDOWN_TIMEOUT_S = 5
 METRICS_INTERVAL_S = 0.5
 """How often replicas report what they have to do. Ray's own 10 s would make a sleeping group wake that late."""
@@ -216,9 +217,6 @@ def _group(group: PlannedGroup, live: LiveConfig, make_factory: MakeFactory) -> 
     options: dict[str, Any] = {"num_cpus": group.num_cpus}
     if group.num_gpus:
         options["num_gpus"] = group.num_gpus
-    else:
-        # Belt and braces beside the forced device: on a GPU host Ray hides no GPU from a replica that reserved none.
-        options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
     replica = serve.deployment(
         name=deployment_name(group.name),
         max_ongoing_requests=MAX_ONGOING,
