@@ -144,6 +144,7 @@ def row(
         "statuses": " ".join(f"{status}:{count}" for status, count in run.statuses().items()),
         "goodput/s": round(run.goodput, 1),
         **{f"{name} ms": value for name, value in (latencies or run.percentiles()).items()},
+        "sent late p99 ms": run.late_p99_ms,
         "shown": shown,
     }
 

@@ -22,7 +22,10 @@ CONNECT_PATIENCE_S = 10.0
 
 @dataclass
 class Shot:
-    """One request. Times are seconds from the start of the run; status 0: no answer came, `error` says why."""
+    """One request. Times are seconds from the start of the run; status 0: no answer came, `error` says why.
+
+    late: seconds after the intended time at which the generator itself came to send it: its machine had no time for it.
+    """
 
     index: int
     intended: float
@@ -32,6 +35,7 @@ class Shot:
     retry_after: str | None = None
     digest: str = ""
     tries: int = 0
+    late: float = 0.0
 
     @property
     def latency(self) -> float:
@@ -72,6 +76,11 @@ class Run:
             name: round(float(value), 1) for name, value in zip(("p50", "p99", "p99.9", "max"), points, strict=True)
         }
 
+    @property
+    def late_p99_ms(self) -> float:
+        """What the generator's own machine adds to latencies: no percentile of theirs can be read more finely."""
+        return round(1000 * float(np.percentile([shot.late for shot in self.shots], 99)), 1)
+
     def in_flight(self, moment: float) -> int:
         """Requests that were under way at a time.monotonic()."""
         at = moment - self.started
@@ -110,6 +119,7 @@ async def fire(
             shot = Shot(index, index / rate)
             run.shots.append(shot)
             await asyncio.sleep(max(0.0, run.started + shot.intended - time.monotonic()))
+            shot.late = time.monotonic() - run.started - shot.intended
             body = bodies[index % len(bodies)]
             tasks.append(asyncio.ensure_future(_shoot(session, url + path, body, shot, run.started, retry)))
         await asyncio.gather(*tasks)
