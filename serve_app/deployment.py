@@ -62,8 +62,8 @@ class KronosReplica:
         configure_logging(config.log_level)
         self.group = group
         if group == "cpu":
-            # Belt and braces beside the forced device: on a GPU host Ray hides no GPU from a replica that reserved none.
-            # Here, before anything imports torch, and not as a runtime_env, for which Ray would start a worker anew.
+            # Belt and braces beside the forced device: on a GPU host Ray hides no GPU from one without. Here, before
+            # anything imports torch, and not as a runtime_env, for which Ray starts every worker anew.
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._replica_id = _replica_id()
         settings = config.group(group)
