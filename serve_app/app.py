@@ -39,6 +39,10 @@ HEALTH_CHECK_PERIOD_S = 0.5
 GRACEFUL_SHUTDOWN_TIMEOUT_S = 5
 METRICS_INTERVAL_S = 0.5
 """How often replicas report what they have to do. Ray's own 10 s would make a sleeping group wake that late."""
+NO_DOOR = (
+    f"Ray was started without {CALLBACK_VARIABLE}={CALLBACK}: an overloaded service refuses more slowly, and clients "
+    "can give Ray's proxy orders by header; `make serve` starts it so, see docs/operations.md"
+)
 LOOK_BACK_S = 2.0
 SWITCH_POLL_S = 0.2
 _LISTING = RequestRouterConfig.model_validate(
@@ -75,7 +79,9 @@ class Ingress:
         )
         self._backend.on_retry = self._metrics.retries.inc
         self._switching: asyncio.Task[None] | None = None
-        for warning in (*live.warnings, *plan.warnings):
+        # Ray gives its proxy and this process the same environment.
+        self._no_door = () if os.environ.get(CALLBACK_VARIABLE) == CALLBACK else (NO_DOOR,)
+        for warning in (*live.warnings, *plan.warnings, *self._no_door):
             log(logging.WARNING, warning)
         self._serve(config)
 
@@ -90,9 +96,9 @@ class Ingress:
         self._app = create_app(
             self._backend,
             config,
-            (*self._live.warnings, *self._plan.warnings, *notes),
+            (*self._live.warnings, *self._plan.warnings, *self._no_door, *notes),
             behind_serve=True,
-            behind_door=os.environ.get(CALLBACK_VARIABLE) == CALLBACK,
+            behind_door=not self._no_door,
             metrics=self._metrics,
             drain=self._drain,
             keys=self._keys,

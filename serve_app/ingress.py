@@ -144,6 +144,8 @@ def _write_forecast_arrow(asked: Asked, answered: Answered, warning: str | None)
 
 
 def _add_status_routes(app: FastAPI, status: Status, metrics: Metrics) -> None:
+    # Load balancers ask with HEAD as well.
+    @app.head("/v1/healthz", include_in_schema=False)
     @app.get("/v1/healthz", summary="The process lives")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
@@ -152,6 +154,7 @@ def _add_status_routes(app: FastAPI, status: Status, metrics: Metrics) -> None:
     async def healthz_detailed() -> dict[str, Any]:
         return await asyncio.to_thread(status.health)
 
+    @app.head("/v1/readyz", include_in_schema=False)
     @app.get(
         "/v1/readyz",
         summary="200 once every always-on model has made a warm-up forecast, until the service stops; else 503",

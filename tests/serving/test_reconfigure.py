@@ -102,6 +102,7 @@ def test_variables_of_the_shell_reach_it(service):
     info = service.http.get("/v1/info").json()
     assert info["limits"]["max_request_mb"] == 3
     assert any("KRONOS_MAX_CONTEX, did you mean" in warning for warning in info["warnings"])
+    assert not any("Ray was started without" in warning for warning in info["warnings"])
 
 
 def test_a_model_is_swapped_without_a_dropped_or_a_mixed_answer(service, golden, request_body, wait):

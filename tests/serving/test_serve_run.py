@@ -21,6 +21,7 @@ def test_serve_run_starts_answers_and_stops(golden, free_port, serve_run, tmp_pa
     path = tmp_path / "serve_config.yaml"
     path.write_text(yaml.safe_dump(data))
     variables = {"KRONOS_MODEL_PATH": str(golden), "KRONOS_MAX_REQUEST_SIZE_MB": "3", "KRONOS_MAX_CONTEX": "1"}
+    variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = ""  # as in a shell, and not as `make serve` starts it
     started = time.monotonic()
     with serve_run(path, port, variables, tmp_path / "log"):
         print(f"ready after {time.monotonic() - started:.1f} s")
@@ -29,6 +30,7 @@ def test_serve_run_starts_answers_and_stops(golden, free_port, serve_run, tmp_pa
         assert info["default_model"] == "kronos-local"
         assert info["limits"]["max_request_mb"] == 3
         assert any("KRONOS_MAX_CONTEX, did you mean" in warning for warning in info["warnings"])
+        assert any("Ray was started without" in warning for warning in info["warnings"])
         states = {model["id"]: model["state"] for model in httpx.get(f"{url}/v1/models").json()["models"]}
         assert states["kronos-local"] == "loaded"
         assert states["kronos-small"] == "idle"

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -48,6 +50,14 @@ def test_loading_leaves_the_global_generator_alone(golden):
     before = torch.get_rng_state()
     Kronos.from_pretrained(golden / "model")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_loading_imports_no_compiler(golden):
+    """A replica starts two seconds sooner without torch's."""
+    load = "import sys; from model import Kronos; Kronos.from_pretrained(sys.argv[1])"
+    code = f"{load}; print('torch._dynamo' in sys.modules)"
+    command = [sys.executable, "-c", code, str(golden / "model")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_weights_survive_the_removal_of_their_file(pair):

@@ -211,6 +211,7 @@ def test_request_id_is_kept_if_it_is_short_and_printable(http):
 def test_health_and_readiness(make_http, fake_backend):
     ready, loading = make_http(), make_http(fake_backend(loaded=False))
     assert ready.get("/v1/healthz").json() == {"status": "ok"}
+    assert ready.request("HEAD", "/v1/healthz").status_code == ready.request("HEAD", "/v1/readyz").status_code == 200
     response = ready.get("/v1/readyz")
     assert response.status_code == 200
     assert response.json() == {
@@ -220,6 +221,7 @@ def test_health_and_readiness(make_http, fake_backend):
         "device_warning": None,
         "models": [{"id": "kronos-bundled", "state": "loaded"}],
     }
+    assert loading.request("HEAD", "/v1/readyz").status_code == 503
     response = loading.get("/v1/readyz")
     assert response.status_code == 503
     assert response.json()["status"] == "loading"
