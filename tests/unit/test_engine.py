@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from model.device import precision_obstacle
 from model.engine import graphs, runner
 from model.engine.engine import Engine
-from model.engine.kv_cache import Arena, CacheIntegrityError
 from model.engine.packing import Int8Linear
 from model.engine.scheduler import BYPASS_LIMIT
 from model.engine.types import EngineConfig, Request, State, WindowPolicy
@@ -407,34 +406,6 @@ def test_reduced_precision_mostly_agrees(tiny, series_of, precision, agreement):
     engine(tiny, precision=precision).run(reduced)
     same = np.mean([np.array_equal(a.tokens, b.tokens) for a, b in zip(exact, reduced, strict=True)])
     assert same >= agreement
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40)), max_size=60))
-def test_arena_never_loses_or_doubles_a_range(actions):
-    arena, held = Arena(100), []
-    for action, size in actions:
-        if action and (block := arena.allocate(size)):
-            held.append(block)
-        elif not action and held:
-            arena.release(held.pop(size % len(held)))
-        arena.check_integrity(held)
-        assert arena.used + arena.free == 100
-    for block in held:
-        arena.release(block)
-    assert arena.allocate(100) is not None
-
-
-def test_arena_catches_leaks_and_double_frees():
-    arena = Arena(10)
-    block = arena.allocate(4)
-    with pytest.raises(CacheIntegrityError, match="belong to a request"):
-        arena.check_integrity([])
-    arena.release(block)
-    with pytest.raises(CacheIntegrityError, match="not in use"):
-        arena.release(block)
-    with pytest.raises(ValueError, match="positive"):
-        arena.allocate(0)
 
 
 def test_an_interrupted_caller_leaves_nothing_behind(tiny, series_of):
