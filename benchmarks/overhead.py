@@ -7,8 +7,8 @@
    with HAProxy and gRPC; and beside it bare.py, the same path with nothing on it, in the same run.
 2. Of it, reading and writing JSON: 400 bars in, 120 bars out, in this process.
 3. With --reference: forecasts/s and p99 of the same forecasts from this service and from baseline_service.py, one
-   process that calls the public predict in a thread, at 1, 8 and 32 clients, random weights in the published shape, one
-   after the other in the same run.
+   process that calls the public predict in a thread, at 1, 8 and 32 clients (--clients), random weights in the published
+   shape, one after the other in the same run.
 
 Results go to benchmarks/results/DATE-overhead.json.
 """
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +143,11 @@ def _median_ms(run: Callable[[], object], count: int) -> float:
     return round(1000 * sorted(times)[count // 2], 2)
 
 
-def against_the_public_code(reference: str, shape: str, quick: bool) -> list[dict[str, Any]]:
+def against_the_public_code(
+    reference: str, shape: str, quick: bool, clients: Sequence[int] = CLIENTS
+) -> list[dict[str, Any]]:
     """Both services in turn, with all cores of the machine each."""
     horizon = 12 if quick else HORIZON
-    clients = (1, 8) if quick else CLIENTS
     threads = os.cpu_count() or 1
     # Exact and never sliding, so that both compute the same windows: 400 + 112 bars is the whole context.
     horizon = min(horizon, CONTEXT[shape] - HISTORY)
@@ -228,13 +229,16 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="short runs and coarse numbers")
     parser.add_argument("--reference", help="checkout of the public implementation")
     parser.add_argument("--shape", default="small", choices=sorted(CONTEXT))
+    parser.add_argument(
+        "--clients", type=int, nargs="+", default=CLIENTS, help="of 3.; 32 take the public code a quarter of an hour"
+    )
     parser.add_argument("--only-reference", action="store_true", help="leave out the instant engine")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     if not options.only_reference:
         rows += reading_and_writing(options.quick) + through_the_whole_path(options.quick)
     if options.reference:
-        rows += against_the_public_code(options.reference, options.shape, options.quick)
+        rows += against_the_public_code(options.reference, options.shape, options.quick, options.clients)
     print(records.table(rows))
     print(f"reached before on this path with an echo, 16 clients: {REACHED} requests/s")
     path = records.write("overhead", rows, quick=options.quick, reached=REACHED)
