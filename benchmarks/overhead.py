@@ -7,8 +7,8 @@
    with HAProxy and gRPC; and beside it bare.py, the same path with nothing on it, in the same run.
 2. Of it, reading and writing JSON: 400 bars in, 120 bars out, in this process.
 3. With --reference: forecasts/s and p99 of the same forecasts from this service and from baseline_service.py, one
-   process that calls the public predict in a thread, at 1, 8 and 32 clients (--clients), random weights in the published
-   shape, one after the other in the same run.
+   process that calls the public predict in a thread, at 1, 8 and 32 clients (--clients), random weights in the
+   published shape, one after the other in the same run.
 
 Results go to benchmarks/results/DATE-overhead.json.
 """
