@@ -5,6 +5,7 @@ A lane is a request while it is computed. R rows of all lanes that step together
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,8 +45,8 @@ CHUNK_WORK = 1_000_000_000
 class Lane:
     """A request's tensors.
 
-    tokens: int64 [S, T + H, 2]. times: summed time embeddings [T + H, D]. cache: of the model's blocks and its
-    cross-attention. start: first bar of the window. step: bars generated.
+    tokens: int64 [S, T + H, 2]. times: summed time embeddings [T + H, D]. memory: the request's range of the arena.
+    cache: of the model's blocks and its cross-attention. start: first bar of the window. step: bars generated.
     fresh: the newest bar is cached, as it is after a prefill, and context is its position, [1 or S, 1, D].
     noise: of a seeded request. decoder_cache: of the tokenizer's decoder; decoded: shares of the result, [S, n, 6].
     told: bars that on_bars has had.
@@ -54,6 +55,7 @@ class Lane:
     request: Request
     tokens: Tensor
     times: Tensor
+    memory: Tensor
     cache: SequenceCache
     mean: np.ndarray
     scale: np.ndarray
@@ -140,8 +142,20 @@ class Runner:
         return SequenceCache.size(self._stack.layers + 1, self._width, 1, 0, 0)
 
     def cache_size(self, request: Request) -> int:
-        """Elements of the arena that a request needs."""
+        """Elements of the arena that a request needs, for the model's cache and the decoder's."""
+        model, decoder = self._model_size(request), self._decoder_size(request)
+        # A result is decoded once the model's cache is of no more use; told bar by bar, it needs both at once.
+        return model + decoder if request.on_bars is not None else max(model, decoder)
+
+    def _model_size(self, request: Request) -> int:
         return SequenceCache.size(self._stack.layers + 1, self._width, *self._cache_shape(request))
+
+    def _decoder_size(self, request: Request) -> int:
+        """In elements of the arena, whole slots: the decoder's own are of fp32 and of another width."""
+        if not self.streams(request):
+            return 0
+        elements = SequenceCache.size(*self._decoder_shape(request)) * torch.float32.itemsize // self._memory.itemsize
+        return math.ceil(elements / self._width) * self._width
 
     def _cache_shape(self, request: Request) -> tuple[int, int, int]:
         """(bars of history, paths, own bars of a path) for SequenceCache."""
@@ -166,7 +180,13 @@ class Runner:
             request=request,
             tokens=tokens,
             times=self._model.time_emb(torch.from_numpy(marks).to(self._device)[None])[0],
-            cache=SequenceCache(memory, self._stack.layers + 1, self._width, *self._cache_shape(request)),
+            memory=memory,
+            cache=SequenceCache(
+                memory[: self._model_size(request)],
+                self._stack.layers + 1,
+                self._width,
+                *self._cache_shape(request),
+            ),
             mean=mean,
             scale=scale,
             start=request.history - request.context_used(self._config.max_context),
@@ -338,7 +358,7 @@ class Runner:
         request, limit = lane.request, self._config.max_context
         if not self.streams(request):
             return decode(self._plain_tokenizer, lane.tokens, request.horizon, limit).cpu().numpy()
-        start = max(0, request.history + request.horizon - limit)
+        start = self._decoder_start(request)
         if lane.decoder_cache is None:
             lane.decoder_cache = self._open_decoder(lane, start)
         cache = lane.decoder_cache
@@ -354,13 +374,23 @@ class Runner:
     def _open_decoder(self, lane: Lane, start: int) -> SequenceCache:
         """The decoder's cache with the history's bars in it, which all paths share."""
         request = lane.request
-        shape = (self._decoder.layers, self._decoder_width, request.history - start, request.rows, request.horizon)
-        cache = SequenceCache(torch.empty(SequenceCache.size(*shape), device=self._device), *shape)
+        shape = self._decoder_shape(request)
+        memory = lane.memory[-self._decoder_size(request) :].view(torch.float32)
+        cache = SequenceCache(memory[: SequenceCache.size(*shape)], *shape)
         if start < request.history:
             x = self._decoder_input(lane.tokens[:1, start : request.history])
             self._decoder.run(x, slice(0, request.history - start), cache.attend_history)
             cache.history_length = request.history - start
         return cache
+
+    def _decoder_start(self, request: Request) -> int:
+        """First bar of the decoder's window."""
+        return max(0, request.history + request.horizon - self._config.max_context)
+
+    def _decoder_shape(self, request: Request) -> tuple[int, int, int, int, int]:
+        """(layers, width, bars of history, paths, bars of a path) for SequenceCache."""
+        history = request.history - self._decoder_start(request)
+        return self._decoder.layers, self._decoder_width, history, request.rows, request.horizon
 
     def _decoder_input(self, tokens: Tensor) -> Tensor:
         quantized = self._tokenizer.tokenizer.vectors(tokens[..., 0], tokens[..., 1])

@@ -345,6 +345,25 @@ def test_full_queue_and_too_large_requests_are_refused_whole(tiny, series_of):
     assert request.state is State.FINISHED
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_cache_holds_all_that_a_request_remembers(tiny, series_of, streamed):
+    """To the last slot: the decoder's keys and values too, beside the model's if bars are told before the end."""
+    whole = Request(series_of(0, 40, 20), Sampling(samples=3, seed=0))
+    engine(tiny).run([whole])
+    told = []
+    on_bars = (lambda first, bars: told.append(bars)) if streamed else None
+    request = Request(series_of(0, 40, 20), Sampling(samples=3, seed=0), on_bars=on_bars)
+    needed = 4 * engine(tiny)._runner.cache_size(request)
+    assert (needed > 4 * engine(tiny)._runner.cache_size(whole)) is streamed
+    with pytest.raises(RequestTooLargeError):
+        engine(tiny, cache_bytes=needed - 1).run([request])
+    exact = engine(tiny, cache_bytes=needed)
+    exact.run([request])
+    assert np.array_equal(request.normalised, whole.normalised)
+    assert sum(bars.shape[1] for bars in told) == (20 if streamed else 0)
+    exact.check_integrity()
+
+
 def test_short_requests_are_not_held_up_by_a_long_one(tiny, series_of):
     running = engine(tiny)
     long = Request(series_of(0, 110, 200), Sampling(samples=8, seed=0))
