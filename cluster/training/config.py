@@ -106,7 +106,7 @@ class Phase(Strict):
 class Optimisation(Strict):
     learning_rate: float = Field(default=1e-3, gt=0)
     final_share: float = Field(default=0.05, ge=0, le=1, description="last learning rate as a share of the peak")
-    warmup_steps: int = Field(default=100, ge=0)
+    warmup_steps: int = Field(default=100, ge=0, description="fewer than the steps of all phases together")
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     weight_decay: float = Field(default=0.05, ge=0, description="on matrices only")
@@ -163,6 +163,17 @@ class Stage(Strict):
             raise ValueError("depth below 5 freezes weights, and without init_from they are random: give init_from")
         if not fresh and getattr(self, "network", None) is not None:
             raise ValueError("init_from brings its own network (config.json): leave network out")
+        return self
+
+    @model_validator(mode="after")
+    def _a_warmup_that_ends(self) -> Stage:
+        warmup = self.optimisation.warmup_steps
+        if warmup >= self.steps:
+            # Also where it is the default: a rate that only ever rises is nothing to choose in silence.
+            raise ValueError(
+                f"optimisation.warmup_steps={warmup} leaves no step after it, for the phases have {self.steps} in all: "
+                f"set it to less than {self.steps}, or give the phases more steps"
+            )
         return self
 
 

@@ -58,9 +58,12 @@ def _small(config: TrainConfig, folder: Path) -> TrainConfig:
         if raw[stage] is None:
             continue
         phases = [phase | {"steps": STEPS} for phase in raw[stage]["phases"]]
+        steps = STEPS * len(phases)
+        warmup = min(raw[stage]["optimisation"]["warmup_steps"], steps - 1)
         raw[stage] |= {
             "phases": phases,
-            "validate_every": STEPS * len(phases),
+            "optimisation": raw[stage]["optimisation"] | {"warmup_steps": warmup},
+            "validate_every": steps,
             "validation_windows": VALIDATION_WINDOWS,
             "log_every": 1,
         }

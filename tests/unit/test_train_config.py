@@ -25,7 +25,10 @@ def raw_config(**changes):
     config = {
         "run": {"name": "t", "output": "out"},
         "data": {"source": {"kind": "simulated", "series": 2, "bars": 40, "seed": 1, "validation_seed": 2}},
-        "tokenizer": {"phases": [{"steps": 2, "window": 16, "batch_size": 2}]},
+        "tokenizer": {
+            "phases": [{"steps": 2, "window": 16, "batch_size": 2}],
+            "optimisation": {"warmup_steps": 1},
+        },
     }
     for dotted, value in changes.items():
         place = config
@@ -65,9 +68,11 @@ def raw_config(**changes):
             r"tokenizer\.init_from lies in run\.output, .* choose another",
         ),
         (
-            {"predictor__phases": [{"steps": 1, "window": 16, "batch_size": 2}], "predictor__mixed_share": 0.2},
+            {"predictor__phases": [{"steps": 101, "window": 16, "batch_size": 2}], "predictor__mixed_share": 0.2},
             "mixed_share is for s2_conditioning: mixed, not teacher",
         ),
+        ({"tokenizer__optimisation": {}}, r"tokenizer: optimisation\.warmup_steps=100 .* 2 in all: set it to less"),
+        ({"tokenizer__optimisation__warmup_steps": 2}, r"tokenizer: optimisation\.warmup_steps=2 leaves no step"),
         ({"tokenizer__early_stopping": {}}, r"tokenizer\.early_stopping\.patience: Field required"),
         ({"run__seed": "many"}, r"run\.seed: .* valid integer"),
         ({"run__name": "../x"}, r"run\.name: .* pattern"),
