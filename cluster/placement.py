@@ -27,19 +27,32 @@ def _sum(nodes: Sequence[Node], name: str) -> float:
 
 
 class WorkerPlacement(NamedTuple):
-    """use_gpu: workers ask Ray for a GPU each. device: what a worker without one resolves. warning: what differs."""
+    """use_gpu: workers ask Ray for a GPU each. device: what a worker without one resolves.
+
+    warnings: what is not as it was asked for.
+    """
 
     use_gpu: bool
     device: str
-    warning: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def place_here(training: TrainingConfig) -> WorkerPlacement:
     """For num_workers: 0, where this process is the worker. Raises as place_workers."""
     device, warning = resolve_device(training.device)
-    placement = WorkerPlacement(False, str(device), warning)
     _require(training, device.type in ("cuda", "mps"), "this machine has none that PyTorch can use")
-    return placement
+    warnings = [] if warning is None else [warning]
+    if ignored := training.without_effect:
+        warnings.append(
+            f"training.num_workers is 0, so that this process trains without Ray and {_settings(training, ignored)} "
+            "without effect: leave that out, or set training.num_workers to 1 or more"
+        )
+    return WorkerPlacement(False, str(device), tuple(warnings))
+
+
+def _settings(training: TrainingConfig, names: Sequence[str]) -> str:
+    listed = " and ".join(f"training.{name}={getattr(training, name)}" for name in names)
+    return f"{listed} {'is' if len(names) == 1 else 'are'}"
 
 
 def place_workers(training: TrainingConfig, nodes: Sequence[Node]) -> WorkerPlacement:
@@ -72,13 +85,13 @@ def place_workers(training: TrainingConfig, nodes: Sequence[Node]) -> WorkerPlac
     if kind == "cuda" or (kind == "auto" and gpus > 0):  # auto: nobody asked for them, but they will stand idle
         resolve_device(device)  # refuses nonsense such as cuda:x
         _require(training, False, missing)
-        return WorkerPlacement(False, "cpu", f"device {device!r} was requested, but {missing}; using 'cpu'")
+        return WorkerPlacement(False, "cpu", (f"device {device!r} was requested, but {missing}; using 'cpu'",))
     resolved, warning = resolve_device(device)
     if kind == "auto" and resolved.type == "cuda":
         # This process sees a GPU that the cluster does not lend.
         resolved = resolve_device("cpu")[0]
     _require(training, resolved.type == "mps", missing)
-    return WorkerPlacement(False, resolved.type, warning)
+    return WorkerPlacement(False, resolved.type, () if warning is None else (warning,))
 
 
 def _require(training: TrainingConfig, present: bool, reason: str) -> None:

@@ -29,6 +29,8 @@ from model.errors import InputError
 
 STAGES = {"tokenizer": "tokenizer", "predictor": "model"}
 """Stage → folder of its network below run.output, in the order they run."""
+RAY_ONLY = ("ray_address", "max_failures")
+"""Keys of `training` that a run in this process does not read."""
 SOURCE_KINDS = ("simulated", "file", "qlib")
 """Values of data.source.kind. pydantic puts them into the path of a fault, although the file has no such key."""
 
@@ -240,6 +242,12 @@ class TrainingConfig(Strict):
     @property
     def most_workers(self) -> int:
         return max(1, self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1])
+
+    @property
+    def without_effect(self) -> tuple[str, ...]:
+        """Keys of Ray's workers that are not at their defaults although there are none: num_workers is 0."""
+        given = (name for name in RAY_ONLY if getattr(self, name) != TrainingConfig.model_fields[name].default)
+        return tuple(given) if self.num_workers == 0 else ()
 
 
 class LoggingConfig(Strict):

@@ -154,10 +154,10 @@ def test_shipped_configurations_are_valid_and_hold_out_the_scored_series(path):
 def test_an_absent_gpu_is_a_warning_not_a_wait(monkeypatch, device, resources, expected):
     monkeypatch.setattr(placement, "resolve_device", lambda requested: (torch.device("cpu"), None))
     found = placement.place_workers(TrainingConfig(device=device, num_workers=2), [resources])
-    assert (found.use_gpu, found.device, found.warning is not None) == expected
-    if found.warning:
-        assert device in found.warning
-        assert "'cpu'" in found.warning
+    assert (found.use_gpu, found.device, bool(found.warnings)) == expected
+    for warning in found.warnings:
+        assert device in warning
+        assert "'cpu'" in warning
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda", "cpu"])
@@ -179,6 +179,17 @@ def test_too_few_cpus_and_nonsense_are_refused_before_the_start():
         placement.place_workers(TrainingConfig(device="cuda:x"), [{"CPU": 4.0}])
 
 
+def test_what_a_run_without_ray_does_not_read_is_a_warning():
+    here = {"device": "cpu", "num_workers": 0}
+    assert placement.place_here(TrainingConfig(**here, cpus_per_worker=2)).warnings == ()  # they become threads
+    ignored = {"ray_address": "head:6379", "max_failures": 3}
+    [warning] = placement.place_here(TrainingConfig(**here, **ignored)).warnings
+    assert "training.ray_address=head:6379 and training.max_failures=3 are without effect" in warning
+    assert "set training.num_workers to 1 or more" in warning
+    on_ray = TrainingConfig(device="cpu", num_workers=1, **ignored)
+    assert placement.place_workers(on_ray, [{"CPU": 4.0}]).warnings == ()
+
+
 def test_a_worker_lies_on_one_node():
     """Two nodes of 2 CPUs hold no worker of 4, and a GPU on a node without CPUs is no use."""
     training = TrainingConfig(device="cpu", num_workers=1, cpus_per_worker=4)
@@ -189,7 +200,7 @@ def test_a_worker_lies_on_one_node():
     assert placement.place_workers(TrainingConfig(device="cuda", num_workers=1), apart).use_gpu
     found = placement.place_workers(TrainingConfig(device="cuda", num_workers=2), apart)
     assert not found.use_gpu
-    assert "room for 1 with a GPU and 1 CPUs on one node" in found.warning
+    assert "room for 1 with a GPU and 1 CPUs on one node" in found.warnings[0]
 
 
 def test_an_elastic_run_needs_room_for_its_least_number_of_workers():
