@@ -361,6 +361,9 @@ def test_the_record_is_of_what_lies_beside_it(parent, tmp_path):
     assert list(record["stages"]) == ["tokenizer", "predictor"]
     times = bars[0].times.astype("datetime64[s]")
     assert record["splits"] == {"validation_from": str(times[100]), "test_from": str(times[160])}
+    del source["test_share"]
+    without_test = {"validation_from": str(times[140]), "last_bar": str(times[199])}
+    assert run("tokenizer", "e")["splits"] == without_test
     assert list(run("predictor", "c", tokenizer=parent / "tokenizer")["stages"]) == ["predictor"]
     assert list(run("tokenizer", "d")["stages"]) == ["tokenizer"]
 
