@@ -44,11 +44,20 @@ def verdict_line(verdict: str, comparisons: Sequence[dict[str, Any]]) -> str:
     for found in comparisons:
         p = "no test: too few origins, or no difference" if found["p_value"] is None else f"p = {found['p_value']:.3g}"
         ratio = "–" if found["ratio"] is None else f"{found['ratio']:.3f}"
-        parts.append(f"{found['verdict']} {NAMES[found['against']]} (CRPS ratio {ratio}, {p})")
+        where = f" where it could be fitted, {_share(found)}" if found["left_out"] else ""
+        parts.append(f"{found['verdict']} {NAMES[found['against']]}{where} (CRPS ratio {ratio}, {p})")
     return (
         f"verdict: {verdict} | {'; '.join(parts)} | Diebold–Mariano test on CRPS with the Harvey–Leybourne–Newbold "
         "correction, two-sided, 5 %"
     )
+
+
+def _share(found: dict[str, Any]) -> str:
+    return f"{found['forecasts']} of {found['forecasts'] + found['left_out']} forecasts"
+
+
+def _row_name(name: str, metrics: dict[str, Any]) -> str:
+    return f"{NAMES[name]} ({metrics['left_out']} left out)" if metrics["left_out"] else NAMES[name]
 
 
 def write(folder: Path, evaluation: Evaluation, traded: Backtest | None = None) -> None:
@@ -64,13 +73,13 @@ def write(folder: Path, evaluation: Evaluation, traded: Backtest | None = None) 
 
 def _table(evaluation: Evaluation) -> pd.DataFrame:
     """One row a forecast and forecaster; means over the horizon, pit at its last bar."""
-    truth = evaluation.truth
     parts = []
     for name, scored in evaluation.scored.items():
         error = np.stack(scored.error).mean(axis=1)
+        truth = evaluation.truth.only(np.array(scored.numbers))
         columns: dict[str, Any] = {
             "symbol": truth.symbol,
-            "origin": [window.origin for window in evaluation.windows],
+            "origin": [evaluation.windows[number].origin for number in scored.numbers],
             "forecaster": name,
             "crps": np.stack(scored.crps).mean(axis=1),
             "mae": error,
@@ -130,7 +139,10 @@ HEADS = (
 
 
 def console_table(summary: dict[str, Any]) -> str:
-    rows = [["", *HEADS], *([NAMES[name], *_cells(metrics)] for name, metrics in summary["metrics"].items())]
+    rows = [
+        ["", *HEADS],
+        *([_row_name(name, metrics), *_cells(metrics)] for name, metrics in summary["metrics"].items()),
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
@@ -146,7 +158,7 @@ def _html(summary: dict[str, Any], traded: Backtest | None) -> str:
         f"{period['first_origin']} to {period['last_origin']}; period from {period['from'] or 'the start'} to "
         f"{period['to'] or 'the end'} (exclusive). Weights sha256 <code>{model['sha256']}</code>.</p>",
         "<h2>Scores</h2>",
-        _html_table(["", *HEADS], [[NAMES[n], *_cells(m)] for n, m in summary["metrics"].items()]),
+        _html_table(["", *HEADS], [[_row_name(n, m), *_cells(m)] for n, m in summary["metrics"].items()]),
         "<p>CRPS: fair estimator, mean over the bars, in units of the history's root mean square one-bar move. WQL: "
         "2Σρ/Σ|y|, mean of the levels 0.1 to 0.9. MASE: m = 1. MAE of the median, in price. "
         f"{_ic_kind(summary)} Volatility: √Σ(Δ log p)² over the horizon. Lower is better, but for IC, hits and R².</p>",
@@ -192,8 +204,20 @@ def _comparison_table(comparisons: Sequence[dict[str, Any]]) -> str:
         numbers = [
             "–" if found[k] is None else f"{found[k]:.4g}" for k in ("ratio", "low", "high", "statistic", "p_value")
         ]
-        rows.append([NAMES[found["against"]], *numbers, str(found["origins"]), found["verdict"]])
-    heads = ["CRPS of the model over that of", "ratio", "95 % low", "high", "DM statistic", "p", "origins", "verdict"]
+        rows.append(
+            [NAMES[found["against"]], *numbers, str(found["forecasts"]), str(found["origins"]), found["verdict"]]
+        )
+    heads = [
+        "CRPS of the model over that of",
+        "ratio",
+        "95 % low",
+        "high",
+        "DM statistic",
+        "p",
+        "forecasts",
+        "origins",
+        "verdict",
+    ]
     return _html_table(heads, rows)
 
 
