@@ -16,6 +16,7 @@ from cluster.candles.bars import SymbolBars, bars_from_frame, frame_from_bars
 from cluster.evaluate import evaluate
 from cluster.evaluation import baselines as baseline_module
 from cluster.evaluation import report
+from cluster.evaluation.charts import line_chart
 from cluster.evaluation.forecasting import ModelChoice
 from cluster.evaluation.leakage import alarms, future_in_inputs, shuffled_labels
 from cluster.evaluation.metrics import Table
@@ -220,6 +221,15 @@ def test_a_misfit_of_an_extra_costs_that_forecast_of_it_alone(monkeypatch, tmp_p
     assert (rows["garch"], rows["model"]) == (51, 54)
 
 
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [([0.4184, 3.26], ["1", "2", "3"]), ([-0.001, 0.002], ["-0.001", "0", "0.001", "0.002"]), ([7.0, 7.0], None)],
+)
+def test_axes_have_round_numbers(values, ticks):
+    found = re.findall(r'text-anchor="end">([^<]+)</text>', line_chart("t", [1, 2], {"a": values}, x_names=("", "")))
+    assert found == ticks if ticks else len(found) >= 2
+
+
 def test_an_extra_that_fits_nothing_is_left_out_and_said(monkeypatch, bundle):
     extra_that_fails(monkeypatch, lambda close: True)
     summary = evaluate(ModelChoice(str(bundle), device="cpu"), random_walks(), SETTING, extras=["garch"]).summary
@@ -297,6 +307,12 @@ def test_the_command_writes_a_report_that_needs_nothing_else(tmp_path, bundle, c
     assert report["data"]["symbols"] == ["S0", "S1", "S2"]
     assert report["backtest"]["rules"]["open_cost_bps"] == 10
     page = (out / "report.html").read_text()
+    # A phone shows it at its own width: charts fit, tables scroll in themselves.
+    assert '<meta name="viewport" content="width=device-width' in page
+    colours = re.findall(r'fill="(#\w+)"/><text [^>]*>historical volatility<', page)
+    assert len(colours) == 3
+    assert len(set(colours)) == 1
+    assert all(int(width) <= 358 for width in re.findall(r'<svg [^>]*width="(\d+)"', page))
     assert page.count("<svg") >= 5
     assert not re.search(r"https?://|src=|href=|@import|url\(", page)
     assert report["verdict_line"].split("|")[0].strip() in page
