@@ -29,7 +29,7 @@ from cluster.batching.forecaster import Forecaster, Work, unit_rows
 from cluster.batching.plan import Spread, Unit, plan_spread, plan_units, remove_spread, spread_file
 from cluster.batching.store import SPREAD_FOLDER, Store
 from cluster.placement import ActorPlacement, place_actors
-from cluster.ray_session import ray_session
+from cluster.ray_session import node_resources, ray_session
 from model.errors import InputError, KronosError
 from model.registry import Checkpoint, load_checkpoint
 
@@ -83,7 +83,7 @@ def run_batch(config: BatchConfig, *, show: TextIO | None = None) -> Summary:
     # What actors have to say comes back in their rows.
     with ray_session(config.ray_address, log_to_driver=False, logging_level=logging.WARNING):
         place = place_actors(
-            ray.available_resources(),
+            node_resources(free=True),
             device=config.device,
             actors=config.actors,
             num_cpus=config.num_cpus,

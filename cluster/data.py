@@ -110,13 +110,25 @@ def boundaries(split: TimeSplit, series: Sequence[SymbolBars]) -> list[np.dateti
 def describe_splits(config: DataConfig) -> dict[str, str | None]:
     """{"validation_from", "test_from"} as ISO times, also where they are configured as shares; {} for simulated series.
 
-    For a run's record: who scores the model later must know what it was trained on. Raises InputError.
+    Where nothing is kept for a test, also "last_bar": up to it the checkpoint was chosen. For a run's record: whoever
+    scores the model later must know what it was trained on. Raises InputError.
     """
     if isinstance(config.source, SimulatedSource):
         return {}
-    moments = config.source.moments() or boundaries(config.source, read_source(config.source))
+    moments, series = config.source.moments(), None
+    if len(moments) < 2:
+        series = read_source(config.source)
+        moments = moments or boundaries(config.source, series)
     names = ("validation_from", "test_from")
-    return {name: str(moments[i].astype("datetime64[s]")) if i < len(moments) else None for i, name in enumerate(names)}
+    found = {
+        name: str(moments[i].astype("datetime64[s]")) if i < len(moments) else None for i, name in enumerate(names)
+    }
+    return found if series is None or len(moments) == 2 else found | {"last_bar": last_bar(series)}
+
+
+def last_bar(series: Sequence[SymbolBars]) -> str:
+    """ISO time of the last bar of all symbols."""
+    return str(max(bars.times[-1] for bars in series).astype("datetime64[s]"))
 
 
 def split_by_time(

@@ -24,7 +24,7 @@ from cluster import backtest
 from cluster.bundles.training_record import overlap_warning
 from cluster.candles.bars import SymbolBars
 from cluster.evaluation import card_scores, report
-from cluster.evaluation.baselines import EXTRAS, Baseline, baselines
+from cluster.evaluation.baselines import EXTRAS, NO_FIT, Baseline, baselines
 from cluster.evaluation.forecasting import ModelChoice, forecast_all
 from cluster.evaluation.leakage import alarms, future_in_inputs, shuffled_labels
 from cluster.evaluation.metrics import Scored, Table, Truth, overall_verdict
@@ -85,7 +85,7 @@ def evaluate(
     truth = _truth(windows, setting)
     said: list[str] = []
     placed: list[str] = []
-    scored = _score_baselines(windows, truth, setting, extras, said)
+    scored, misfits = _score_baselines(windows, truth, setting, extras, said)
     choices = {"model": choice} | ({"parent": parent} if parent is not None else {})
     models: dict[str, dict[str, Any]] = {}
     calibrations: dict[str, Calibration | None] = {}
@@ -157,6 +157,7 @@ def evaluate(
             "origins": table.origins,
             "origins_that_overlap": truth.overlap,
             "left_out": picked.left_out,
+            "not_fitted": misfits,
         },
         "warnings": said,
         "metrics": metrics,
@@ -187,10 +188,14 @@ def _truth(windows: Sequence[Window], setting: WalkForward) -> Truth:
 
 def _score_baselines(
     windows: Sequence[Window], truth: Truth, setting: WalkForward, extras: Sequence[str], said: list[str]
-) -> dict[str, Scored]:
-    """said: gets a warning for each season that does not fit into the history."""
+) -> tuple[dict[str, Scored], dict[str, int]]:
+    """The scores, and extra → number of forecasts that it could not be fitted to, which its scores are without.
+
+    said: gets a warning for each season that does not fit into the history, and for each extra with a misfit.
+    """
     by_season: dict[int, dict[str, Baseline]] = {}
     scored: dict[str, Scored] = {}
+    misfits: dict[str, list[str]] = {}
     for number, window in enumerate(windows):
         season = window.season
         if season + 2 > setting.history:
@@ -204,8 +209,25 @@ def _score_baselines(
         known = window.known(setting)[:, 3].astype(np.float64)
         rng = np.random.default_rng([setting.seed, number])
         for name, baseline in by_season.setdefault(season, baselines(season, extras)).items():
-            scored.setdefault(name, Scored()).add(baseline(known, setting.horizon), truth, number, rng)
-    return scored
+            own = scored.setdefault(name, Scored())
+            try:
+                forecast = baseline(known, setting.horizon)
+            except InputError as error:
+                if error.code != NO_FIT:
+                    raise
+                # The others and the model can do without it: one odd history must not cost the whole run.
+                misfits.setdefault(name, []).append(f"{window.bars.symbol} at {_text(window.origin)}: {error}")
+            else:
+                own.add(forecast, truth, number, rng)
+    for name, faults in misfits.items():
+        left = len(windows) - len(faults)
+        said.append(
+            f"{report.NAMES[name]} could not be fitted to {len(faults)} of {len(windows)} forecasts and is "
+            + (f"compared on the other {left}" if left else "left out of comparisons and verdict")
+            + f"; the first was {faults[0]}"
+        )
+    counts = {name: len(faults) for name, faults in misfits.items()}
+    return {name: own for name, own in scored.items() if own.numbers}, counts
 
 
 def _score_model(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,54 +11,87 @@ from cluster.training.config import TrainingConfig
 from model.device import resolve_device
 from model.errors import InputError
 
+Node = Mapping[str, float]
+"""What one node of the cluster has, or has free: {"CPU": 8.0, "GPU": 2.0, …} (cluster.ray_session asks Ray)."""
+
+
+def slots(node: Node, num_cpus: float, num_gpus: float = 0.0) -> int:
+    """How many workers of num_cpus CPUs and num_gpus GPUs each fit on one node; num_cpus > 0."""
+    # The epsilon keeps 0.3 / 0.1 from being floored to 2.
+    by_cpus = int(node.get("CPU", 0.0) / num_cpus + 1e-9)
+    return min(by_cpus, gpu_slots(node.get("GPU", 0.0), num_gpus)) if num_gpus > 0 else by_cpus
+
+
+def _sum(nodes: Sequence[Node], name: str) -> float:
+    return sum(node.get(name, 0.0) for node in nodes)
+
 
 class WorkerPlacement(NamedTuple):
-    """use_gpu: workers ask Ray for a GPU each. device: what a worker without one resolves. warning: what differs."""
+    """use_gpu: workers ask Ray for a GPU each. device: what a worker without one resolves.
+
+    warnings: what is not as it was asked for.
+    """
 
     use_gpu: bool
     device: str
-    warning: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def place_here(training: TrainingConfig) -> WorkerPlacement:
     """For num_workers: 0, where this process is the worker. Raises as place_workers."""
     device, warning = resolve_device(training.device)
-    placement = WorkerPlacement(False, str(device), warning)
     _require(training, device.type in ("cuda", "mps"), "this machine has none that PyTorch can use")
-    return placement
+    warnings = [] if warning is None else [warning]
+    if ignored := training.without_effect:
+        warnings.append(
+            f"training.num_workers is 0, so that this process trains without Ray and {_settings(training, ignored)} "
+            "without effect: leave that out, or set training.num_workers to 1 or more"
+        )
+    return WorkerPlacement(False, str(device), tuple(warnings))
 
 
-def place_workers(training: TrainingConfig, resources: Mapping[str, float]) -> WorkerPlacement:
-    """All of a training run's workers on GPUs, or none. resources: as ray.cluster_resources().
+def _settings(training: TrainingConfig, names: Sequence[str]) -> str:
+    listed = " and ".join(f"training.{name}={getattr(training, name)}" for name in names)
+    return f"{listed} {'is' if len(names) == 1 else 'are'}"
 
-    An elastic run needs room for its least number of workers.
-    Raises InputError if the cluster has fewer CPUs than the workers need, or no GPUs and they are required, ValueError
+
+def place_workers(training: TrainingConfig, nodes: Sequence[Node]) -> WorkerPlacement:
+    """All of a training run's workers on GPUs, or none. nodes: all that each of the cluster's nodes has.
+
+    A worker lies on one node: what is left over on several makes no room. An elastic run needs room for its least
+    number of workers.
+    Raises InputError if the nodes have too few CPUs for the workers, or no GPUs and they are required, ValueError
     for a device that is not one.
     """
     workers = training.num_workers if isinstance(training.num_workers, int) else training.num_workers[0]
-    wanted, cpus = workers * training.cpus_per_worker, resources.get("CPU", 0.0)
-    if wanted > cpus:
+    each = training.cpus_per_worker
+    room = sum(slots(node, each) for node in nodes)
+    if room < workers:
         raise InputError(
-            f"{workers} workers of {training.cpus_per_worker:g} CPUs need {wanted:g} CPUs and the cluster has {cpus:g}"
+            f"{workers} workers of {each:g} CPUs need {workers * each:g} CPUs and the cluster has "
+            f"{_sum(nodes, 'CPU'):g} on {len(nodes)} node(s), where {room} of them fit"
             ": lower training.num_workers or training.cpus_per_worker",
             code="too_few_cpus",
         )
     device = training.device.strip().lower()
     kind = device.partition(":")[0]
-    gpus = resources.get("GPU", 0.0)
-    if kind in ("auto", "cuda") and gpus >= max(1, workers):
+    gpus = _sum(nodes, "GPU")
+    beside_cpus = sum(slots(node, each, 1.0) for node in nodes)
+    if kind in ("auto", "cuda") and beside_cpus >= max(1, workers):
         return WorkerPlacement(True, "cuda")
     missing = f"the cluster has {gpus:g} GPUs for {workers} worker(s)"
+    if gpus >= workers:
+        missing += f", and room for {beside_cpus} with a GPU and {each:g} CPUs on one node"
     if kind == "cuda" or (kind == "auto" and gpus > 0):  # auto: nobody asked for them, but they will stand idle
         resolve_device(device)  # refuses nonsense such as cuda:x
         _require(training, False, missing)
-        return WorkerPlacement(False, "cpu", f"device {device!r} was requested, but {missing}; using 'cpu'")
+        return WorkerPlacement(False, "cpu", (f"device {device!r} was requested, but {missing}; using 'cpu'",))
     resolved, warning = resolve_device(device)
     if kind == "auto" and resolved.type == "cuda":
         # This process sees a GPU that the cluster does not lend.
         resolved = resolve_device("cpu")[0]
     _require(training, resolved.type == "mps", missing)
-    return WorkerPlacement(False, resolved.type, warning)
+    return WorkerPlacement(False, resolved.type, () if warning is None else (warning,))
 
 
 def _require(training: TrainingConfig, present: bool, reason: str) -> None:
@@ -89,9 +122,9 @@ class ActorPlacement:
 
 
 def place_actors(
-    room: Mapping[str, float], *, device: str, actors: int | None, num_cpus: float, num_gpus: float
+    nodes: Sequence[Node], *, device: str, actors: int | None, num_cpus: float, num_gpus: float
 ) -> ActorPlacement:
-    """As many forecasting actors as were asked for or fit. room: Ray's available resources, or all it has.
+    """As many forecasting actors as were asked for or fit. nodes: what each of the cluster's nodes has, or has free.
 
     device: auto takes GPUs if there is one; cuda falls back to the CPU with a warning. num_gpus: of one actor; a
     fraction shares a GPU. Raises InputError if not even one actor fits, ValueError for an unknown device.
@@ -103,21 +136,22 @@ def place_actors(
     # Whether there is CUDA, the cluster says, not the machine that this process runs on.
     resolved, warning = resolve_device("cpu" if requested == "cuda" else requested)
     warnings = [warning] if warning is not None and not wants_gpu else []
-    cpus, gpus = room.get("CPU", 0.0), room.get("GPU", 0.0)
-    by_cpus = int(cpus / num_cpus + 1e-9)
+    gpus = _sum(nodes, "GPU")
+    by_cpus = sum(slots(node, num_cpus) for node in nodes)
     if by_cpus < 1:
+        most = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
         raise InputError(
-            f"an actor needs {num_cpus:g} CPU(s) and the cluster has {cpus:g} for it: lower --num-cpus (of an "
-            "evaluation: --threads), or wait until others have finished",
+            f"an actor needs {num_cpus:g} CPU(s) on one node and no node has more than {most:g} for it: lower "
+            "--num-cpus (of an evaluation: --threads), or wait until others have finished",
             code="too_few_cpus",
         )
-    by_gpus = gpu_slots(gpus, num_gpus) if wants_gpu else 0
+    by_gpus = sum(slots(node, num_cpus, num_gpus) for node in nodes) if wants_gpu else 0
     if wants_gpu and by_gpus == 0 and (requested != "auto" or gpus > 0):
         warnings.append(
-            f"device {requested!r} with {num_gpus:g} GPU(s) an actor was requested, but the cluster has {gpus:g} "
-            "GPU(s) for it; using 'cpu'"
+            f"device {requested!r} with {num_gpus:g} GPU(s) and {num_cpus:g} CPU(s) an actor was requested, but the "
+            f"cluster has {gpus:g} GPU(s) for it and no node has both; using 'cpu'"
         )
-    fitting = min(by_gpus, by_cpus) if by_gpus else by_cpus
+    fitting = by_gpus or by_cpus
     if actors is not None and actors > fitting:
         warnings.append(f"{actors} actors were requested and {fitting} fit into the cluster; using {fitting}")
     # Ray hides no GPU from an actor that reserved none, so the CPU is asked for by name.

@@ -113,8 +113,8 @@ def _wrong_parent(report: dict[str, Any], parent: dict[str, Any] | None) -> list
 def _not_held_out(report: dict[str, Any], training: dict[str, Any]) -> list[str]:
     """Whether the report's period begins before the last moment that training, or the choice of a checkpoint, saw."""
     data = training.get("data") or {}
-    held_out = data.get("test_from") or data.get("validation_from")
-    if held_out is None:
+    chosen_on, held_out = data.get("validation_from"), data.get("test_from")
+    if chosen_on is None and held_out is None:
         source = ((training.get("config") or {}).get("data") or {}).get("source") or {}
         if source.get("kind") == "simulated":
             return []
@@ -123,9 +123,21 @@ def _not_held_out(report: dict[str, Any], training: dict[str, Any]) -> list[str]
     begins = period.get("from") or period.get("first_origin")
     if begins is None:
         return ["the report does not say when its period begins"]
-    if utc_moment(begins) >= utc_moment(held_out):
+    if held_out is not None:
+        if utc_moment(begins) >= utc_moment(held_out):
+            return []
+        return [f"the report's period begins at {begins}, and only bars from {held_out} on were held out of training"]
+    # Without a test period the checkpoint is the best of many on all that came after training: only what came later
+    # still is held out.
+    last = data.get("last_bar")
+    if last is not None and utc_moment(begins) > utc_moment(last):
         return []
-    return [f"the report's period begins at {begins}, and only bars from {held_out} on were held out of training"]
+    seen = f"from {chosen_on} on" if last is None else f"from {chosen_on} to {last}"
+    remedy = "" if last is None else f"evaluate bars after {last}, or "
+    return [
+        f"no bars were kept for a test: its checkpoint was chosen on those {seen}, and the report's period begins at "
+        f"{begins}: {remedy}train with data.source.test_share or test_from"
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

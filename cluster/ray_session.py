@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 
 @contextmanager
@@ -28,3 +28,15 @@ def ray_session(address: str | None, **options: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def node_resources(*, free: bool = False) -> list[dict[str, float]]:
+    """What each living node of the connected cluster has, or with free has left: {"CPU": 8.0, "GPU": 2.0, …} a node."""
+    import ray
+
+    if not free:
+        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # Ray's public functions tell what is free of all nodes together only, and a worker does not span nodes.
+    from ray._private.state import available_resources_per_node
+
+    return cast(list[dict[str, float]], list(available_resources_per_node().values()))

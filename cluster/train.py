@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any, cast
 
 from cluster.placement import WorkerPlacement, place_here, place_workers
-from cluster.ray_session import ray_session
+from cluster.ray_session import node_resources, ray_session
 from cluster.training.checkpoints import Checkpoints
 from cluster.training.config import STAGES, TokenizerStage, TrainConfig, load_config
 from cluster.training.group import Group
@@ -146,7 +146,7 @@ def _train_stage(config: TrainConfig, stage: str, tokenizer: Path | None, signal
         logger.warning("%s: stopped at step %d of %d", stage, outcome["steps"], options.steps)
         signals.came = True
         signals.check()
-    warnings = [*([placement.warning] if placement.warning else []), *outcome["warnings"], *outcome["refused"]]
+    warnings = [*placement.warnings, *outcome["warnings"], *outcome["refused"]]
     for warning in outcome["warnings"]:
         logger.warning(warning)
     best = Checkpoints(folder, mark).best()
@@ -168,13 +168,10 @@ def _train_stage(config: TrainConfig, stage: str, tokenizer: Path | None, signal
 
 
 def _place(config: TrainConfig) -> WorkerPlacement:
-    if config.training.num_workers == 0:
-        return place_here(config.training)
-    import ray
-
-    placement = place_workers(config.training, ray.cluster_resources())
-    if placement.warning:
-        logger.warning(placement.warning)
+    here = config.training.num_workers == 0
+    placement = place_here(config.training) if here else place_workers(config.training, node_resources())
+    for warning in placement.warnings:
+        logger.warning(warning)
     return placement
 
 

@@ -23,13 +23,15 @@ def tiny_config(stage, *, steps=40, folder="out", seed=0, dropout=0.0, training=
     chosen = {
         "network": network,
         "phases": [{"steps": steps, "window": 24, "batch_size": 8}],
-        "optimisation": {"learning_rate": 5e-3, "warmup_steps": 5},
         "validation_windows": 16,
         "validate_every": 1000,
     }
     if stage == "predictor":
         chosen["tokenizer"] = f"{folder}/no-tokenizer"
     chosen |= options
+    total = sum(phase["steps"] for phase in chosen["phases"])
+    rates = {"learning_rate": 5e-3, "warmup_steps": min(5, total - 1)}
+    chosen["optimisation"] = rates | chosen.get("optimisation", {})
     if "init_from" in options:
         del chosen["network"]
         chosen["init_from"] = str(options["init_from"])

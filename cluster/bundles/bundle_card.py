@@ -57,7 +57,8 @@ def _how_made(training: dict[str, Any]) -> str:
     told = f"Data ({source.get('kind', 'unknown')}): sha256 {_code(data and data.get('sha256'))}"
     if data and data.get("validation_from"):
         told += f"; trained on bars before {data['validation_from']}"
-        told += f", nothing from {data['test_from']} on was touched" if data.get("test_from") else ""
+        chosen = ", the checkpoint was chosen on those after, none was kept for a test"
+        told += f", nothing from {data['test_from']} on was touched" if data.get("test_from") else chosen
     warnings = "".join(f"\n- warning: {text}" for text in training.get("warnings", []))
     return f"""## How it was made
 

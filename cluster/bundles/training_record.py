@@ -21,10 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingPeriod(NamedTuple):
-    """train_ends: where validation begins; no bar from there on was trained on. test_from: where validation ends."""
+    """train_ends: where validation begins; no bar from there on was trained on. test_from: where validation ends.
+
+    last_bar: of validation, where nothing was kept for a test and the record says it.
+    """
 
     train_ends: np.datetime64 | None
     test_from: np.datetime64 | None
+    last_bar: np.datetime64 | None = None
 
 
 def training_period(bundle: Path) -> TrainingPeriod | None:
@@ -40,7 +44,7 @@ def training_period(bundle: Path) -> TrainingPeriod | None:
         known: dict[str, Any] = (record.get("splits") or {}) | (record.get("data") or {})
         if "validation_from" not in known:
             known = _splits(record["config"]["data"])
-        moments = [known.get(key) for key in ("validation_from", "test_from")]
+        moments = [known.get(key) for key in ("validation_from", "test_from", "last_bar")]
         return TrainingPeriod(*(None if moment is None else utc_moment(moment) for moment in moments))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a record of cluster.train: {error!r}", code="bad_record") from error
@@ -76,5 +80,13 @@ def overlap_warning(bundle: Path, first: np.datetime64, last: np.datetime64) -> 
             f"the test period starts at {first.astype('datetime64[s]')}, inside the validation period that the "
             f"checkpoint was chosen on (it ends at {period.test_from.astype('datetime64[s]')}): scores may be a little "
             "too good"
+        )
+    if period.test_from is None and (period.last_bar is None or first <= period.last_bar):
+        until = "" if period.last_bar is None else f" to {period.last_bar.astype('datetime64[s]')}"
+        return (
+            f"nothing was kept for a test: the checkpoint was chosen on the bars from "
+            f"{period.train_ends.astype('datetime64[s]')}{until or ' on'}, and the period starts at "
+            f"{first.astype('datetime64[s]')}: scores may be a little too good; take later bars, or train with "
+            "data.source.test_share"
         )
     return None

@@ -18,6 +18,8 @@ from model.errors import InputError
 
 Baseline = Callable[[np.ndarray, int], Predictive]
 EXTRAS = ("garch", "ets")
+NO_FIT = "no_fit"
+"""Code of the InputError of an extra that a history cannot be fitted with: the caller may go on without it."""
 
 
 def last_price(close: np.ndarray, horizon: int) -> Point:
@@ -121,7 +123,7 @@ def _fitted(name: str, forecaster: Callable[[np.ndarray, int], Normal]) -> Basel
         raise InputError(
             f"baseline {name!r} cannot be fitted to {len(close)} bars ({fault}): give more --history, or leave it "
             "out of --extras",
-            code="no_fit",
+            code=NO_FIT,
         )
 
     return forecast

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 COLOURS = ("#1f5fa8", "#c0392b", "#7f8c8d", "#27ae60", "#e67e22", "#8e44ad", "#16a085", "#2c3e50", "#d4ac0d")
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 560, 260, 60, 36, 28
-RIGHT = 150
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 358, 240, 50, 36, 28
+"""Of a chart without its legend, which stands below it: a phone shows it without making the text smaller."""
+RIGHT = 8
+LEGEND_ROW, LEGEND_COLUMNS = 16, 2
 
 
 def line_chart(
@@ -19,8 +21,12 @@ def line_chart(
     x_label: str = "",
     x_names: tuple[str, str] | None = None,
     diagonal: bool = False,
+    colours: Mapping[str, str] | None = None,
 ) -> str:
-    """One line a name over the same x. None is a gap. x_names: texts for the ends of the axis."""
+    """One line a name over the same x. None is a gap. x_names: texts for the ends of the axis.
+
+    colours: of every name; None: COLOURS in their order.
+    """
     known = [value for values in lines.values() for value in values if value is not None and math.isfinite(value)]
     known += list(x) if diagonal else []
     if not known:
@@ -31,17 +37,18 @@ def line_chart(
     if diagonal:
         parts.append(_path([(_x(v, first, last), _y(v, low, high)) for v in (first, last)], "#bbb", dashed=True))
     for number, (name, values) in enumerate(lines.items()):
-        colour = COLOURS[number % len(COLOURS)]
+        colour = colours[name] if colours is not None else COLOURS[number % len(COLOURS)]
         points = [
             (_x(at, first, last), _y(value, low, high))
             for at, value in zip(x, values, strict=True)
             if value is not None and math.isfinite(value)
         ]
         parts.append(_path(points, colour))
-        y = TOP + 12 + 16 * number
-        parts.append(f'<rect x="{WIDTH - RIGHT + 12}" y="{y - 8}" width="10" height="3" fill="{colour}"/>')
-        parts.append(f'<text x="{WIDTH - RIGHT + 26}" y="{y}">{escape(name)}</text>')
-    return _svg(parts)
+        row, column = divmod(number, LEGEND_COLUMNS)
+        left, y = LEFT + column * (WIDTH - LEFT) // LEGEND_COLUMNS, HEIGHT + 8 + LEGEND_ROW * row
+        parts.append(f'<rect x="{left}" y="{y - 5}" width="10" height="3" fill="{colour}"/>')
+        parts.append(f'<text x="{left + 14}" y="{y}">{escape(name)}</text>')
+    return _svg(title, parts, HEIGHT + LEGEND_ROW * -(-len(lines) // LEGEND_COLUMNS))
 
 
 def bar_chart(title: str, values: Sequence[float], *, expected: float | None = None, x_label: str = "") -> str:
@@ -58,14 +65,13 @@ def bar_chart(title: str, values: Sequence[float], *, expected: float | None = N
     if expected is not None:
         y = _y(expected, 0.0, high)
         parts.append(_path([(LEFT, y), (WIDTH - RIGHT, y)], "#c0392b", dashed=True))
-    return _svg(parts)
+    return _svg(title, parts, HEIGHT)
 
 
 def _frame(title: str, low: float, high: float, ends: tuple[str, str], x_label: str) -> list[str]:
     right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
     parts = [f'<text x="{LEFT}" y="16" font-weight="bold">{escape(title)}</text>']
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        value = low + share * (high - low)
+    for value in _ticks(low, high):
         y = _y(value, low, high)
         parts.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="#e5e5e5"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(value)}</text>')
@@ -76,10 +82,18 @@ def _frame(title: str, low: float, high: float, ends: tuple[str, str], x_label: 
     return parts
 
 
-def _svg(parts: Sequence[str]) -> str:
+def _ticks(low: float, high: float) -> list[float]:
+    """Two to six multiples of 1, 2 or 5 × a power of ten inside [low, high]; low < high."""
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9)) * power
+    return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _svg(title: str, parts: Sequence[str], height: int) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" font-family="sans-serif" '
-        f'font-size="11">{"".join(parts)}</svg>'
+        f'<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img" '
+        f'aria-label="{escape(title)}" font-family="sans-serif" font-size="11">{"".join(parts)}</svg>'
     )
 
 

@@ -22,7 +22,7 @@ from cluster.candles.bars import SymbolBars
 from cluster.evaluation.scores import invalid_share
 from cluster.evaluation.walk_forward import CLOSE, WalkForward, Window
 from cluster.placement import place_actors
-from cluster.ray_session import ray_session
+from cluster.ray_session import node_resources, ray_session
 from model.device import resolve_device
 from model.errors import InputError
 from model.predictor import KronosPredictor
@@ -169,7 +169,7 @@ def _on_ray(
     numbers = {id(bars): number for number, bars in enumerate(series)}
     with ray_session(os.environ.get("RAY_ADDRESS")):
         place = place_actors(
-            ray.cluster_resources(),
+            node_resources(),
             device=choice.device,
             actors=min(workers, len(shares)),
             num_cpus=choice.threads,

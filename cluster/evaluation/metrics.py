@@ -40,9 +40,11 @@ class Scored:
 
     crps: [H], in units of the history's root mean square one-bar move. error: [H], |median − actual| in price.
     loss: [L], quantile losses summed over the bars, in price. covered: bool [I, H] or None; pit: [H] or None.
-    predicted: return of the mean path at the horizon. volatility: forecast of the realised one.
+    predicted: return of the mean path at the horizon. volatility: forecast of the realised one. numbers: which of the
+    truth's forecasts these are; a baseline that could not be fitted to one of them has no entry for it.
     """
 
+    numbers: list[int] = field(default_factory=list)
     crps: list[np.ndarray] = field(default_factory=list)
     error: list[np.ndarray] = field(default_factory=list)
     loss: list[np.ndarray] = field(default_factory=list)
@@ -55,6 +57,7 @@ class Scored:
         """The scores of forecast `number` of the truth."""
         actual, last = truth.actual[number], truth.last[number]
         quantiles, mean = forecast.quantiles(LEVELS), forecast.mean()
+        self.numbers.append(number)
         self.crps.append(forecast.crps(actual) / truth.unit[number])
         self.error.append(np.abs(quantiles[MEDIAN] - actual))
         self.loss.append(pinball(quantiles, LEVELS, actual).sum(axis=1))
@@ -90,6 +93,11 @@ class Truth:
     symbol: np.ndarray
     overlap: int
 
+    def only(self, numbers: np.ndarray) -> Truth:
+        """Some of the forecasts. Origins that none is left of go, so that fewer than `overlap` may share bars."""
+        parts = {name: getattr(self, name)[numbers] for name in ("actual", "last", "unit", "mase_scale", "symbol")}
+        return Truth(**parts, origin=np.unique(self.origin[numbers], return_inverse=True)[1], overlap=self.overlap)
+
     @property
     def returns(self) -> np.ndarray:
         """[N]: over the whole horizon."""
@@ -104,15 +112,25 @@ class Table:
     """Metrics and comparisons of several forecasters over the same forecasts."""
 
     def __init__(self, truth: Truth, *, seed: int = 0) -> None:
-        self.truth = truth
+        self.truth, self._seed = truth, seed
         self.origins = int(truth.origin.max()) + 1
         self._rows = block_rows(self.origins, block_length(self.origins, truth.overlap), DRAWS, seed)
 
     def metrics(self, scored: Scored) -> dict[str, Any]:
         """JSON-ready; "intervals" holds the 95 % block bootstrap interval of what stands beside it.
 
-        What a forecaster cannot have (coverage of a point, IC of a constant) is None.
+        What a forecaster cannot have (coverage of a point, IC of a constant) is None. One without some of the
+        forecasts ("left_out": how many) is measured on those it has.
         """
+        left_out = len(self.truth.last) - len(scored.numbers)
+        return self._among(np.array(scored.numbers))._metrics(scored) | {"left_out": left_out}
+
+    def _among(self, numbers: np.ndarray) -> Table:
+        """The table of some of the forecasts, their numbers in rising order."""
+        every = len(numbers) == len(self.truth.last)
+        return self if every else Table(self.truth.only(numbers), seed=self._seed)
+
+    def _metrics(self, scored: Scored) -> dict[str, Any]:
         truth = self.truth
         crps, error = np.stack(scored.crps), np.stack(scored.error)
         loss, size = np.stack(scored.loss), np.abs(truth.actual).sum(axis=1)
@@ -137,10 +155,16 @@ class Table:
         return {**values, "intervals": {name: interval and list(interval) for name, interval in intervals.items()}}
 
     def compare(self, model: Scored, other: Scored, against: str) -> dict[str, Any]:
-        """CRPS of the model over the other's: ratio < 1 is in the model's favour; the verdict is Diebold–Mariano's."""
-        mine, theirs = (np.stack(scored.crps).mean(axis=1) for scored in (model, other))
-        test = diebold_mariano(self._by_origin(mine), self._by_origin(theirs), self.truth.overlap)
-        interval = self._ratio_interval(mine, theirs)
+        """CRPS of the model over the other's: ratio < 1 is in the model's favour; the verdict is Diebold–Mariano's.
+
+        Paired: both are taken on the forecasts that both have ("forecasts"; "left_out": the others).
+        """
+        common, of_model, of_other = np.intersect1d(model.numbers, other.numbers, return_indices=True)
+        mine = np.stack(model.crps).mean(axis=1)[of_model]
+        theirs = np.stack(other.crps).mean(axis=1)[of_other]
+        table = self._among(common)
+        test = diebold_mariano(table._by_origin(mine), table._by_origin(theirs), self.truth.overlap)
+        interval = table._ratio_interval(mine, theirs)
         ratio = float(mine.mean() / theirs.mean()) if theirs.mean() > 0 else None
         verdict = "ties"
         if test.p_value is not None and test.statistic is not None and test.p_value < SIGNIFICANCE:
@@ -154,6 +178,8 @@ class Table:
             "p_value": test.p_value,
             "statistic": test.statistic,
             "test": "Diebold–Mariano, Harvey–Leybourne–Newbold correction, two-sided",
+            "forecasts": len(common),
+            "left_out": len(self.truth.last) - len(common),
             "origins": test.n,
             "lag": test.lag,
             "variance": test.variance,

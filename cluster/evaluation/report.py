@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from html import escape
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from cluster.evaluation.charts import bar_chart, line_chart
+from cluster.evaluation.charts import COLOURS, bar_chart, line_chart
 from cluster.evaluation.scores import INTERVALS
 
 if TYPE_CHECKING:
@@ -32,10 +33,12 @@ NAMES = {
 }
 SHOWN_AS_IS = ("model", "parent", "setting", "leakage", "calibration")
 STYLE = """body{font:14px/1.45 sans-serif;max-width:1180px;margin:24px auto;padding:0 16px;color:#222}
-table{border-collapse:collapse;margin:8px 0 20px}td,th{border:1px solid #ddd;padding:3px 8px;text-align:right}
-td:first-child,th:first-child{text-align:left}.verdict{font-size:18px;font-weight:bold;padding:10px;background:#f2f5f9}
+table{border-collapse:collapse;margin:8px 0 20px;font-size:13px}
+td,th{border:1px solid #ddd;padding:3px 6px;text-align:right}
+td:first-child,th:first-child{text-align:left}td{white-space:nowrap}.wide,pre{overflow-x:auto}code{overflow-wrap:anywhere}
+.verdict{padding:10px;background:#f2f5f9}.verdict b{display:block;font-size:18px}
 .beats{color:#1a7f37}.loses{color:#b42318}.warning{background:#fff4d6;padding:6px 10px;margin:4px 0}
-.charts{display:flex;flex-wrap:wrap;gap:12px}"""
+.charts{display:flex;flex-wrap:wrap;gap:24px;align-items:flex-start}svg{max-width:100%;height:auto}"""
 
 
 def verdict_line(verdict: str, comparisons: Sequence[dict[str, Any]]) -> str:
@@ -44,11 +47,20 @@ def verdict_line(verdict: str, comparisons: Sequence[dict[str, Any]]) -> str:
     for found in comparisons:
         p = "no test: too few origins, or no difference" if found["p_value"] is None else f"p = {found['p_value']:.3g}"
         ratio = "–" if found["ratio"] is None else f"{found['ratio']:.3f}"
-        parts.append(f"{found['verdict']} {NAMES[found['against']]} (CRPS ratio {ratio}, {p})")
+        where = f" where it could be fitted, {_share(found)}" if found["left_out"] else ""
+        parts.append(f"{found['verdict']} {NAMES[found['against']]}{where} (CRPS ratio {ratio}, {p})")
     return (
         f"verdict: {verdict} | {'; '.join(parts)} | Diebold–Mariano test on CRPS with the Harvey–Leybourne–Newbold "
         "correction, two-sided, 5 %"
     )
+
+
+def _share(found: dict[str, Any]) -> str:
+    return f"{found['forecasts']} of {found['forecasts'] + found['left_out']} forecasts"
+
+
+def _row_name(name: str, metrics: dict[str, Any]) -> str:
+    return f"{NAMES[name]} ({metrics['left_out']} left out)" if metrics["left_out"] else NAMES[name]
 
 
 def write(folder: Path, evaluation: Evaluation, traded: Backtest | None = None) -> None:
@@ -64,13 +76,13 @@ def write(folder: Path, evaluation: Evaluation, traded: Backtest | None = None) 
 
 def _table(evaluation: Evaluation) -> pd.DataFrame:
     """One row a forecast and forecaster; means over the horizon, pit at its last bar."""
-    truth = evaluation.truth
     parts = []
     for name, scored in evaluation.scored.items():
         error = np.stack(scored.error).mean(axis=1)
+        truth = evaluation.truth.only(np.array(scored.numbers))
         columns: dict[str, Any] = {
             "symbol": truth.symbol,
-            "origin": [window.origin for window in evaluation.windows],
+            "origin": [evaluation.windows[number].origin for number in scored.numbers],
             "forecaster": name,
             "crps": np.stack(scored.crps).mean(axis=1),
             "mae": error,
@@ -130,23 +142,27 @@ HEADS = (
 
 
 def console_table(summary: dict[str, Any]) -> str:
-    rows = [["", *HEADS], *([NAMES[name], *_cells(metrics)] for name, metrics in summary["metrics"].items())]
+    rows = [
+        ["", *HEADS],
+        *([_row_name(name, metrics), *_cells(metrics)] for name, metrics in summary["metrics"].items()),
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def _html(summary: dict[str, Any], traded: Backtest | None) -> str:
     model, data, period = summary["model"], summary["data"], summary["period"]
+    verdict, _, details = summary["verdict_line"].partition(" | ")
     warnings = "".join(f'<div class="warning">{escape(warning)}</div>' for warning in summary["warnings"])
     body = [
         f"<h1>Evaluation of {escape(model['name'])}</h1>",
-        f'<p class="verdict {summary["verdict"]}">{escape(summary["verdict_line"])}</p>',
+        f'<p class="verdict"><b class="{summary["verdict"]}">{escape(verdict)}</b> {escape(details)}</p>',
         warnings,
         f"<p>{data['forecasts']} forecasts of {len(data['symbols'])} symbols at {data['origins']} origins, "
         f"{period['first_origin']} to {period['last_origin']}; period from {period['from'] or 'the start'} to "
         f"{period['to'] or 'the end'} (exclusive). Weights sha256 <code>{model['sha256']}</code>.</p>",
         "<h2>Scores</h2>",
-        _html_table(["", *HEADS], [[NAMES[n], *_cells(m)] for n, m in summary["metrics"].items()]),
+        _html_table(["", *HEADS], [[_row_name(n, m), *_cells(m)] for n, m in summary["metrics"].items()]),
         "<p>CRPS: fair estimator, mean over the bars, in units of the history's root mean square one-bar move. WQL: "
         "2Σρ/Σ|y|, mean of the levels 0.1 to 0.9. MASE: m = 1. MAE of the median, in price. "
         f"{_ic_kind(summary)} Volatility: √Σ(Δ log p)² over the horizon. Lower is better, but for IC, hits and R².</p>",
@@ -167,7 +183,8 @@ def _html(summary: dict[str, Any], traded: Backtest | None) -> str:
 def page(title: str, body: Sequence[str]) -> str:
     """A page that loads nothing from elsewhere."""
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
         f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
     )
 
@@ -183,7 +200,7 @@ def _ic_kind(summary: dict[str, Any]) -> str:
 def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
     lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{lines}</table>"
+    return f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div>'
 
 
 def _comparison_table(comparisons: Sequence[dict[str, Any]]) -> str:
@@ -192,8 +209,20 @@ def _comparison_table(comparisons: Sequence[dict[str, Any]]) -> str:
         numbers = [
             "–" if found[k] is None else f"{found[k]:.4g}" for k in ("ratio", "low", "high", "statistic", "p_value")
         ]
-        rows.append([NAMES[found["against"]], *numbers, str(found["origins"]), found["verdict"]])
-    heads = ["CRPS of the model over that of", "ratio", "95 % low", "high", "DM statistic", "p", "origins", "verdict"]
+        rows.append(
+            [NAMES[found["against"]], *numbers, str(found["forecasts"]), str(found["origins"]), found["verdict"]]
+        )
+    heads = [
+        "CRPS of the model over that of",
+        "ratio",
+        "95 % low",
+        "high",
+        "DM statistic",
+        "p",
+        "forecasts",
+        "origins",
+        "verdict",
+    ]
     return _html_table(heads, rows)
 
 
@@ -220,10 +249,14 @@ def _charts(metrics: dict[str, Any]) -> list[str]:
     spread = {name: one for name, one in metrics.items() if one["coverage"] is not None}
     nominal = {NAMES[n]: [one["coverage"][f"{level}"]["value"] for level in INTERVALS] for n, one in spread.items()}
     by_step = {NAMES[n]: one["coverage"]["0.8"]["by_step"] for n, one in spread.items()}
+    # A forecaster keeps its colour where others have no line.
+    colours = dict(zip(crps, cycle(COLOURS), strict=False))
     charts = [
-        line_chart("CRPS by bars ahead", steps, crps, x_label="bars ahead"),
-        line_chart("Coverage: nominal and actual", INTERVALS, nominal, diagonal=True, x_label="nominal"),
-        line_chart("Coverage of the 80 % interval", steps, by_step, x_label="bars ahead"),
+        line_chart("CRPS by bars ahead", steps, crps, x_label="bars ahead", colours=colours),
+        line_chart(
+            "Coverage: nominal and actual", INTERVALS, nominal, diagonal=True, x_label="nominal", colours=colours
+        ),
+        line_chart("Coverage of the 80 % interval", steps, by_step, x_label="bars ahead", colours=colours),
     ]
     for name in ("model", "calibrated", "historical_volatility"):
         if name in spread:

@@ -29,6 +29,8 @@ from model.errors import InputError
 
 STAGES = {"tokenizer": "tokenizer", "predictor": "model"}
 """Stage → folder of its network below run.output, in the order they run."""
+RAY_ONLY = ("ray_address", "max_failures")
+"""Keys of `training` that a run in this process does not read."""
 SOURCE_KINDS = ("simulated", "file", "qlib")
 """Values of data.source.kind. pydantic puts them into the path of a fault, although the file has no such key."""
 
@@ -106,7 +108,7 @@ class Phase(Strict):
 class Optimisation(Strict):
     learning_rate: float = Field(default=1e-3, gt=0)
     final_share: float = Field(default=0.05, ge=0, le=1, description="last learning rate as a share of the peak")
-    warmup_steps: int = Field(default=100, ge=0)
+    warmup_steps: int = Field(default=100, ge=0, description="fewer than the steps of all phases together")
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     weight_decay: float = Field(default=0.05, ge=0, description="on matrices only")
@@ -163,6 +165,17 @@ class Stage(Strict):
             raise ValueError("depth below 5 freezes weights, and without init_from they are random: give init_from")
         if not fresh and getattr(self, "network", None) is not None:
             raise ValueError("init_from brings its own network (config.json): leave network out")
+        return self
+
+    @model_validator(mode="after")
+    def _a_warmup_that_ends(self) -> Stage:
+        warmup = self.optimisation.warmup_steps
+        if warmup >= self.steps:
+            # Also where it is the default: a rate that only ever rises is nothing to choose in silence.
+            raise ValueError(
+                f"optimisation.warmup_steps={warmup} leaves no step after it, for the phases have {self.steps} in all: "
+                f"set it to less than {self.steps}, or give the phases more steps"
+            )
         return self
 
 
@@ -229,6 +242,12 @@ class TrainingConfig(Strict):
     @property
     def most_workers(self) -> int:
         return max(1, self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1])
+
+    @property
+    def without_effect(self) -> tuple[str, ...]:
+        """Keys of Ray's workers that are not at their defaults although there are none: num_workers is 0."""
+        given = (name for name in RAY_ONLY if getattr(self, name) != TrainingConfig.model_fields[name].default)
+        return tuple(given) if self.num_workers == 0 else ()
 
 
 class LoggingConfig(Strict):

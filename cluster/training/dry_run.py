@@ -12,7 +12,7 @@ import numpy as np
 from cluster.candles.bars import SymbolBars
 from cluster.data import load_splits
 from cluster.train import train
-from cluster.training.config import STAGES, TrainConfig, parse_config
+from cluster.training.config import RAY_ONLY, STAGES, TrainConfig, parse_config
 from cluster.training.loggers import logger_packages
 from model.checkpoint import WEIGHTS_FILE
 from model.errors import KronosError
@@ -54,13 +54,18 @@ def _small(config: TrainConfig, folder: Path) -> TrainConfig:
     raw["logging"]["loggers"] = []
     if raw["training"]["num_workers"] != 0:  # the GPUs are the cluster's, and need not be this machine's
         raw["training"] |= {"num_workers": 0, "require_gpu": False}
+        for key in RAY_ONLY:
+            del raw["training"][key]
     for stage in STAGES:
         if raw[stage] is None:
             continue
         phases = [phase | {"steps": STEPS} for phase in raw[stage]["phases"]]
+        steps = STEPS * len(phases)
+        warmup = min(raw[stage]["optimisation"]["warmup_steps"], steps - 1)
         raw[stage] |= {
             "phases": phases,
-            "validate_every": STEPS * len(phases),
+            "optimisation": raw[stage]["optimisation"] | {"warmup_steps": warmup},
+            "validate_every": steps,
             "validation_windows": VALIDATION_WINDOWS,
             "log_every": 1,
         }

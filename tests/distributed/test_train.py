@@ -45,6 +45,7 @@ def write_config(folder, predictor=None, tokenizer=None, **training):
             "network": {"d_model": 16, "n_heads": 2, "ff_dim": 32, "n_enc_layers": 2, "n_dec_layers": 2}
             | {"s1_bits": 4, "s2_bits": 4},
             "phases": [{"steps": 20, "window": 32, "batch_size": 8}],
+            "optimisation": {"warmup_steps": 10},
             "validate_every": 10,
             "validation_windows": 16,
         },
@@ -267,7 +268,11 @@ def two_cpus():
     ray.shutdown()
 
 
-FEW = {"phases": [{"steps": 20, "window": 32, "batch_size": 8}], "validate_every": 20}
+FEW = {
+    "phases": [{"steps": 20, "window": 32, "batch_size": 8}],
+    "optimisation": {"warmup_steps": 10},
+    "validate_every": 20,
+}
 SMOOTH = {"d_model": 16, "n_heads": 2, "ff_dim": 32, "n_layers": 1}
 
 

@@ -6,8 +6,9 @@ from cluster.placement import place_actors
 from model.errors import InputError
 
 
-def place(free, device="auto", actors=None, num_cpus=1.0, num_gpus=1.0):
-    return place_actors(free, device=device, actors=actors, num_cpus=num_cpus, num_gpus=num_gpus)
+def place(free=None, device="auto", actors=None, num_cpus=1.0, num_gpus=1.0, nodes=None):
+    nodes = [free] if nodes is None else nodes
+    return place_actors(nodes, device=device, actors=actors, num_cpus=num_cpus, num_gpus=num_gpus)
 
 
 def test_gpus_where_the_cluster_has_them_else_cpus():
@@ -43,6 +44,23 @@ def test_a_full_cluster_is_an_error():
         place({"CPU": 2.0}, actors=0)
     with pytest.raises(ValueError, match="unknown device"):
         place({"CPU": 2.0}, device="tpu")
+
+
+def test_an_actor_lies_on_one_node():
+    """What is left over on several nodes makes no room for one more."""
+    small = [{"CPU": 2.0}, {"CPU": 3.0}]
+    assert place(nodes=small).actors == 5
+    assert place(nodes=small, num_cpus=2.0).actors == 2
+    with pytest.raises(InputError, match="no node has more than 3"):
+        place(nodes=small, num_cpus=4.0)
+    with pytest.raises(InputError, match="no node has more than 0"):
+        place(nodes=[])
+    apart = [{"CPU": 8.0}, {"CPU": 1.0, "GPU": 2.0}]
+    assert place(nodes=apart).actors == 1  # the second GPU has no CPU beside it
+    found = place(nodes=apart, device="cuda", num_cpus=2.0)
+    assert (found.kind, found.actors) == ("cpu", 4)
+    assert "no node has both" in found.warnings[0]
+    assert place(nodes=[{"CPU": 4.0, "GPU": 1.0}] * 2, device="cuda", num_gpus=2.0).kind == "cpu"
 
 
 def test_an_absent_accelerator_is_a_warning_too(monkeypatch):

@@ -183,9 +183,9 @@ def test_the_moments_of_a_bundle_stand_in_its_record_of_the_data(tmp_path):
     record = {"config": {"data": {"source": source}}, "data": {"sha256": "0", "validation_from": "2024-07-01T00:00:00"}}
     record["data"]["test_from"] = "2024-07-20T00:00:00"
     (tmp_path / "training.json").write_text(json.dumps(record))
-    assert training_period(tmp_path) == (day("2024-07-01"), day("2024-07-20"))
+    assert training_period(tmp_path) == (day("2024-07-01"), day("2024-07-20"), None)
     (tmp_path / "training.json").write_text(json.dumps({"config": record["config"]}))
-    assert training_period(tmp_path) == (None, None)
+    assert training_period(tmp_path) == (None, None, None)
     (tmp_path / "training.json").write_text("[]")
     with pytest.raises(InputError, match=r"not a record of cluster\.train"):
         training_period(tmp_path)

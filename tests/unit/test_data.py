@@ -268,7 +268,7 @@ def test_validation_windows_are_fixed_and_distinct():
 def test_sources_of_the_configuration(tmp_path):
     path = tmp_path / "bars.csv"
     candle_frame(100).to_csv(path, index=False)
-    stage = {"phases": [{"steps": 1, "window": 16, "batch_size": 2}]}
+    stage = {"phases": [{"steps": 101, "window": 16, "batch_size": 2}]}
 
     def splits(source):
         config = parse_config({"run": {"name": "x", "output": "out"}, "data": {"source": source}, "tokenizer": stage})
@@ -285,7 +285,7 @@ def test_sources_of_the_configuration(tmp_path):
 
 def parse_data(**data):
     """A data section, checked as part of a whole configuration."""
-    stage = {"phases": [{"steps": 1, "window": 16, "batch_size": 2}]}
+    stage = {"phases": [{"steps": 101, "window": 16, "batch_size": 2}]}
     return parse_config({"run": {"name": "x", "output": "out"}, "data": data, "tokenizer": stage}).data
 
 

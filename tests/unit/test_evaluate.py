@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +14,9 @@ from cluster import calibration
 from cluster import evaluate as command
 from cluster.candles.bars import SymbolBars, bars_from_frame, frame_from_bars
 from cluster.evaluate import evaluate
+from cluster.evaluation import baselines as baseline_module
+from cluster.evaluation import report
+from cluster.evaluation.charts import line_chart
 from cluster.evaluation.forecasting import ModelChoice
 from cluster.evaluation.leakage import alarms, future_in_inputs, shuffled_labels
 from cluster.evaluation.metrics import Table
@@ -176,6 +181,64 @@ def test_a_parent_is_compared_and_calibration_is_reported(tmp_path, bundle, gold
     assert coverages["calibrated_coverage"]["0.8"] > coverages["raw_coverage"]["0.8"]
 
 
+def extra_that_fails(monkeypatch, fails):
+    """An installed GARCH that its package fits as the random walk, or not at all where fails(close)."""
+
+    def garch(close, horizon):
+        if fails(close):
+            raise ValueError("the optimiser did not converge")
+        return baseline_module.random_walk(close, horizon)
+
+    monkeypatch.setitem(sys.modules, "arch", types.ModuleType("arch"))
+    monkeypatch.setattr(baseline_module, "garch", garch)
+
+
+def test_a_misfit_of_an_extra_costs_that_forecast_of_it_alone(monkeypatch, tmp_path, bundle, found):
+    """Paired on the forecasts that both have; the rest of the report is as without it; the count is in all of it."""
+    series = random_walks()
+    odd = {float(series[0].candles[cut - 1, 3]) for cut in (40, 52, 76)}
+    extra_that_fails(monkeypatch, lambda close: close[-1] in odd)
+    with_extra = evaluate(ModelChoice(str(bundle), device="cpu"), series, SETTING, extras=["garch"])
+    summary = with_extra.summary
+    assert summary["data"]["not_fitted"] == {"garch": 3}
+    comparison = summary["comparisons"][-1]
+    assert (comparison["against"], comparison["forecasts"], comparison["left_out"]) == ("garch", 51, 3)
+    kept = [i for i, w in enumerate(with_extra.windows) if float(w.bars.candles[w.cut - 1, 3]) not in odd]
+    mine, theirs = (
+        np.stack([with_extra.scored[name].crps[i] for i in kept]).mean() for name in ("model", "historical_volatility")
+    )
+    assert comparison["ratio"] == pytest.approx(mine / theirs)
+    assert summary["metrics"]["garch"]["crps"] == pytest.approx(theirs)
+    assert summary["metrics"]["model"] == found.summary["metrics"]["model"]
+    assert summary["comparisons"][:-1] == found.summary["comparisons"]
+    [warning] = [text for text in summary["warnings"] if "GARCH" in text]
+    assert "not be fitted to 3 of 54 forecasts and is compared on the other 51; the first was S0 at 2024-" in warning
+    assert "the optimiser did not converge" in warning
+    assert "GARCH(1,1) where it could be fitted, 51 of 54 forecasts" in summary["verdict_line"]
+    report.write(tmp_path, with_extra)
+    assert "GARCH(1,1) (3 left out)" in (tmp_path / "report.html").read_text()
+    rows = pd.read_csv(tmp_path / "forecasts.csv").groupby("forecaster").size()
+    assert (rows["garch"], rows["model"]) == (51, 54)
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [([0.4184, 3.26], ["1", "2", "3"]), ([-0.001, 0.002], ["-0.001", "0", "0.001", "0.002"]), ([7.0, 7.0], None)],
+)
+def test_axes_have_round_numbers(values, ticks):
+    found = re.findall(r'text-anchor="end">([^<]+)</text>', line_chart("t", [1, 2], {"a": values}, x_names=("", "")))
+    assert found == ticks if ticks else len(found) >= 2
+
+
+def test_an_extra_that_fits_nothing_is_left_out_and_said(monkeypatch, bundle):
+    extra_that_fails(monkeypatch, lambda close: True)
+    summary = evaluate(ModelChoice(str(bundle), device="cpu"), random_walks(), SETTING, extras=["garch"]).summary
+    assert "garch" not in summary["metrics"]
+    assert "garch" not in {comparison["against"] for comparison in summary["comparisons"]}
+    assert summary["data"]["not_fitted"] == {"garch": 54}
+    assert any("54 of 54 forecasts and is left out of comparisons and verdict" in text for text in summary["warnings"])
+
+
 # --- V9 ---------------------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +307,12 @@ def test_the_command_writes_a_report_that_needs_nothing_else(tmp_path, bundle, c
     assert report["data"]["symbols"] == ["S0", "S1", "S2"]
     assert report["backtest"]["rules"]["open_cost_bps"] == 10
     page = (out / "report.html").read_text()
+    # A phone shows it at its own width: charts fit, tables scroll in themselves.
+    assert '<meta name="viewport" content="width=device-width' in page
+    colours = re.findall(r'fill="(#\w+)"/><text [^>]*>historical volatility<', page)
+    assert len(colours) == 3
+    assert len(set(colours)) == 1
+    assert all(int(width) <= 358 for width in re.findall(r'<svg [^>]*width="(\d+)"', page))
     assert page.count("<svg") >= 5
     assert not re.search(r"https?://|src=|href=|@import|url\(", page)
     assert report["verdict_line"].split("|")[0].strip() in page

@@ -14,11 +14,12 @@ from cluster import export as export_module
 from cluster import promote as promote_module
 from cluster.bundles import bundle as bundle_module
 from cluster.bundles.bundle import pair_sha256, verify_bundle
+from cluster.bundles.training_record import overlap_warning
 from cluster.export import export
 from cluster.promote import promote
 from model.errors import CheckpointMismatchError, InputError
 from model.kronos import Kronos
-from model.registry import CheckpointSource, load_checkpoint
+from model.registry import CheckpointSource, load_checkpoint, sha256_of
 from model.tokenizer import KronosTokenizer
 from serve_app.catalog import find
 
@@ -283,6 +284,37 @@ def test_what_was_held_out_is_known_also_when_the_data_is_gone(run_output, tmp_p
     promote(tmp_path / "candidates/with", save(report, tmp_path / "report.json"), tmp_path / "models" / "with")
     with pytest.raises(InputError, match="does not say which bars were held out"):
         promote(tmp_path / "candidates/without", tmp_path / "report.json", tmp_path / "models" / "without")
+
+
+@pytest.mark.parametrize(
+    ("last_bar", "begins", "message"),
+    [
+        (
+            None,
+            "2024-07-03T12:00:00",
+            "no bars were kept for a test: .* from 2024-07-03T12:00:00 on, and .*test_share",
+        ),
+        (None, "2031-01-01", "train with data.source.test_share or test_from"),
+        ("2024-07-05T03:00:00", "2024-07-05T03:00:00", "evaluate bars after 2024-07-05T03:00:00, or train with"),
+        ("2024-07-05T03:00:00", "2024-07-05T04:00:00", None),
+    ],
+)
+def test_bars_that_the_checkpoint_was_chosen_on_are_not_held_out(bundle, tmp_path, last_bar, begins, message):
+    """A run without a test period: only bars after its last one can speak for it."""
+    path = bundle / "training.json"
+    change_record(bundle, lambda record: record["data"].update(test_from=None, last_bar=last_bar))
+    manifest = (bundle / "SHA256SUMS").read_text().splitlines()
+    lines = [line for line in manifest if not line.endswith(path.name)]
+    (bundle / "SHA256SUMS").write_text("\n".join([*lines, f"{sha256_of(path)}  {path.name}"]) + "\n")
+    report = save(report_of(bundle, period={"from": begins}), tmp_path / "report.json")
+    warned = overlap_warning(bundle, np.datetime64(begins), np.datetime64("2032-01-01"))
+    if message is None:
+        promote(bundle, report, tmp_path / "models" / "mine")
+        assert warned is None
+    else:
+        with pytest.raises(InputError, match=message):
+            promote(bundle, report, tmp_path / "models" / "mine")
+        assert "nothing was kept for a test" in warned
 
 
 @pytest.mark.parametrize("in_one_step", [True, False])

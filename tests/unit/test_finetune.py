@@ -237,21 +237,22 @@ def test_the_same_name_with_another_configuration_is_refused(parent, tmp_path, c
     assert "another run.seed: choose another run.name" in capsys.readouterr().err
 
 
-def test_what_a_finetune_leaves_behind(parent, tmp_path, monkeypatch):
+def test_what_a_finetune_leaves_behind(parent, tmp_path, monkeypatch, caplog):
     """A bundle with both networks; parent, data, method, device and what was given up, on record."""
     monkeypatch.setattr("model.device.cuda_available", lambda: False)
     lora = {"rank": 2, "targets": ["q", "v"]}
-    config = finetune_config(
-        parent, tmp_path, steps=6, method="lora", lora=lora, training={"device": "cuda", "threads": 1}
-    )
+    training = {"device": "cuda", "threads": 1, "max_failures": 3}
+    config = finetune_config(parent, tmp_path, steps=6, method="lora", lora=lora, training=training)
     train(config, command="the command")
     out = tmp_path / "out"
     assert Kronos.from_pretrained(out / "model").s1_bits == 4
     for name in ("config.json", "model.safetensors"):
         assert (out / "tokenizer" / name).read_bytes() == (parent / "tokenizer" / name).read_bytes()
     record = json.loads((out / "training.json").read_text())
-    [warning] = record["warnings"]
-    assert "device 'cuda' was requested" in warning
+    first, second = record["warnings"]
+    assert "device 'cuda' was requested" in first
+    assert "training.max_failures=3 is without effect" in second
+    assert second in caplog.text
     assert (record["device"], record["command"]) == ("cpu", "the command")
     entry = record["stages"]["predictor"]
     assert entry["method"] == "lora"
@@ -288,9 +289,10 @@ def test_a_tokenizer_finetune_reports_how_many_codes_have_changed(parent, tmp_pa
 
 @pytest.mark.verify("V20")
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_dry_run(parent, tmp_path, figure, method, capsys):
+def test_dry_run(parent, tmp_path, figure, method, capsys, caplog):
     phases = [{"steps": 100_000, "window": 24, "batch_size": 64}]
-    config = finetune_config(parent, tmp_path, phases=phases, method=method, training={"num_workers": 64})
+    ray_only = {"num_workers": 64, "ray_address": "nowhere:1", "max_failures": 3}
+    config = finetune_config(parent, tmp_path, phases=phases, method=method, training=ray_only)
     path = write_yaml(config, tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert main(["--config", str(path), "--dry-run"]) == 0
@@ -298,6 +300,7 @@ def test_dry_run(parent, tmp_path, figure, method, capsys):
     assert "reloaded: the weights are the same" in lines
     assert any(line.startswith("forecast 4 bars from 64") for line in lines)
     assert lines[-1].startswith("dry run: ok")
+    assert "without effect" not in caplog.text
     assert sorted(tmp_path.rglob("*")) == before
     figure(f"{method}: {lines[-1]}", "under 20 s, no file left")
 
@@ -358,6 +361,9 @@ def test_the_record_is_of_what_lies_beside_it(parent, tmp_path):
     assert list(record["stages"]) == ["tokenizer", "predictor"]
     times = bars[0].times.astype("datetime64[s]")
     assert record["splits"] == {"validation_from": str(times[100]), "test_from": str(times[160])}
+    del source["test_share"]
+    without_test = {"validation_from": str(times[140]), "last_bar": str(times[199])}
+    assert run("tokenizer", "e")["splits"] == without_test
     assert list(run("predictor", "c", tokenizer=parent / "tokenizer")["stages"]) == ["predictor"]
     assert list(run("tokenizer", "d")["stages"]) == ["tokenizer"]
 

@@ -24,6 +24,7 @@ def write_config(folder):
             "network": {"d_model": 16, "n_heads": 2, "ff_dim": 32, "n_enc_layers": 2, "n_dec_layers": 2}
             | {"s1_bits": 4, "s2_bits": 4},
             "phases": [{"steps": 4, "window": 24, "batch_size": 4}],
+            "optimisation": {"warmup_steps": 2},
             "validate_every": 2,
             "validation_windows": 4,
             "log_every": 1,

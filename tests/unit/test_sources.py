@@ -48,7 +48,7 @@ def test_files_folders_patterns_and_lists(folder, paths, found):
     config = {
         "run": {"name": "x", "output": "out"},
         "data": {"source": {"kind": "file", "path": [str(p) for p in given], "validation_share": 0.3}},
-        "tokenizer": {"phases": [{"steps": 1, "window": 16, "batch_size": 2}]},
+        "tokenizer": {"phases": [{"steps": 101, "window": 16, "batch_size": 2}]},
     }
     assert [b.symbol for b in load_splits(parse_config(config).data)["train"].series] == found
 
@@ -178,7 +178,7 @@ def test_a_qlib_source_in_a_configuration(tmp_path):
     raw = {
         "run": {"name": "x", "output": "out"},
         "data": {"source": {"kind": "qlib", "path": str(tmp_path), "validation_from": "2024-02-01"}},
-        "tokenizer": {"phases": [{"steps": 1, "window": 16, "batch_size": 2}]},
+        "tokenizer": {"phases": [{"steps": 101, "window": 16, "batch_size": 2}]},
     }
     splits = load_splits(parse_config(raw).data)
     assert [len(split.series[0]) for split in splits.values()] == [23, 40]

@@ -25,7 +25,10 @@ def raw_config(**changes):
     config = {
         "run": {"name": "t", "output": "out"},
         "data": {"source": {"kind": "simulated", "series": 2, "bars": 40, "seed": 1, "validation_seed": 2}},
-        "tokenizer": {"phases": [{"steps": 2, "window": 16, "batch_size": 2}]},
+        "tokenizer": {
+            "phases": [{"steps": 2, "window": 16, "batch_size": 2}],
+            "optimisation": {"warmup_steps": 1},
+        },
     }
     for dotted, value in changes.items():
         place = config
@@ -65,9 +68,11 @@ def raw_config(**changes):
             r"tokenizer\.init_from lies in run\.output, .* choose another",
         ),
         (
-            {"predictor__phases": [{"steps": 1, "window": 16, "batch_size": 2}], "predictor__mixed_share": 0.2},
+            {"predictor__phases": [{"steps": 101, "window": 16, "batch_size": 2}], "predictor__mixed_share": 0.2},
             "mixed_share is for s2_conditioning: mixed, not teacher",
         ),
+        ({"tokenizer__optimisation": {}}, r"tokenizer: optimisation\.warmup_steps=100 .* 2 in all: set it to less"),
+        ({"tokenizer__optimisation__warmup_steps": 2}, r"tokenizer: optimisation\.warmup_steps=2 leaves no step"),
         ({"tokenizer__early_stopping": {}}, r"tokenizer\.early_stopping\.patience: Field required"),
         ({"run__seed": "many"}, r"run\.seed: .* valid integer"),
         ({"run__name": "../x"}, r"run\.name: .* pattern"),
@@ -148,11 +153,11 @@ def test_shipped_configurations_are_valid_and_hold_out_the_scored_series(path):
 )
 def test_an_absent_gpu_is_a_warning_not_a_wait(monkeypatch, device, resources, expected):
     monkeypatch.setattr(placement, "resolve_device", lambda requested: (torch.device("cpu"), None))
-    found = placement.place_workers(TrainingConfig(device=device, num_workers=2), resources)
-    assert (found.use_gpu, found.device, found.warning is not None) == expected
-    if found.warning:
-        assert device in found.warning
-        assert "'cpu'" in found.warning
+    found = placement.place_workers(TrainingConfig(device=device, num_workers=2), [resources])
+    assert (found.use_gpu, found.device, bool(found.warnings)) == expected
+    for warning in found.warnings:
+        assert device in warning
+        assert "'cpu'" in warning
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda", "cpu"])
@@ -161,25 +166,49 @@ def test_a_required_gpu_that_is_absent_is_an_error(monkeypatch, device, workers)
     monkeypatch.setattr(placement, "resolve_device", lambda requested: (torch.device("cpu"), None))
     training = TrainingConfig(device=device, num_workers=workers, require_gpu=True)
     with pytest.raises(InputError, match="there is no GPU") as caught:
-        placement.place_here(training) if workers == 0 else placement.place_workers(training, {"CPU": 4.0})
+        placement.place_here(training) if workers == 0 else placement.place_workers(training, [{"CPU": 4.0}])
     assert caught.value.code == "no_gpu"
 
 
 def test_too_few_cpus_and_nonsense_are_refused_before_the_start():
     with pytest.raises(InputError, match="need 8 CPUs and the cluster has 4"):
-        placement.place_workers(TrainingConfig(device="cpu", num_workers=4, cpus_per_worker=2), {"CPU": 4.0})
+        placement.place_workers(TrainingConfig(device="cpu", num_workers=4, cpus_per_worker=2), [{"CPU": 4.0}])
     with pytest.raises(ValueError, match="accepted: auto"):
-        placement.place_workers(TrainingConfig(device="toaster"), {"CPU": 4.0})
+        placement.place_workers(TrainingConfig(device="toaster"), [{"CPU": 4.0}])
     with pytest.raises(ValueError, match="accepted: auto"):
-        placement.place_workers(TrainingConfig(device="cuda:x"), {"CPU": 4.0})
+        placement.place_workers(TrainingConfig(device="cuda:x"), [{"CPU": 4.0}])
+
+
+def test_what_a_run_without_ray_does_not_read_is_a_warning():
+    here = {"device": "cpu", "num_workers": 0}
+    assert placement.place_here(TrainingConfig(**here, cpus_per_worker=2)).warnings == ()  # they become threads
+    ignored = {"ray_address": "head:6379", "max_failures": 3}
+    [warning] = placement.place_here(TrainingConfig(**here, **ignored)).warnings
+    assert "training.ray_address=head:6379 and training.max_failures=3 are without effect" in warning
+    assert "set training.num_workers to 1 or more" in warning
+    on_ray = TrainingConfig(device="cpu", num_workers=1, **ignored)
+    assert placement.place_workers(on_ray, [{"CPU": 4.0}]).warnings == ()
+
+
+def test_a_worker_lies_on_one_node():
+    """Two nodes of 2 CPUs hold no worker of 4, and a GPU on a node without CPUs is no use."""
+    training = TrainingConfig(device="cpu", num_workers=1, cpus_per_worker=4)
+    with pytest.raises(InputError, match=r"1 workers of 4 CPUs .* has 4 on 2 node\(s\), where 0 of them fit"):
+        placement.place_workers(training, [{"CPU": 2.0}, {"CPU": 2.0}])
+    placement.place_workers(training, [{"CPU": 2.0}, {"CPU": 4.0}])
+    apart = [{"CPU": 4.0}, {"CPU": 1.0, "GPU": 2.0}]
+    assert placement.place_workers(TrainingConfig(device="cuda", num_workers=1), apart).use_gpu
+    found = placement.place_workers(TrainingConfig(device="cuda", num_workers=2), apart)
+    assert not found.use_gpu
+    assert "room for 1 with a GPU and 1 CPUs on one node" in found.warnings[0]
 
 
 def test_an_elastic_run_needs_room_for_its_least_number_of_workers():
     elastic = TrainingConfig(device="auto", num_workers=[2, 8])
-    assert not placement.place_workers(elastic, {"CPU": 2.0}).use_gpu
-    assert placement.place_workers(elastic, {"CPU": 8.0, "GPU": 2.0}).use_gpu
+    assert not placement.place_workers(elastic, [{"CPU": 2.0}]).use_gpu
+    assert placement.place_workers(elastic, [{"CPU": 8.0, "GPU": 2.0}]).use_gpu
     with pytest.raises(InputError, match="2 workers of 1 CPUs need 2 CPUs"):
-        placement.place_workers(elastic, {"CPU": 1.0})
+        placement.place_workers(elastic, [{"CPU": 1.0}])
 
 
 def test_a_run_with_another_configuration_or_other_inputs_is_not_resumed(tmp_path):
