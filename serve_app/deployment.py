@@ -61,10 +61,6 @@ class KronosReplica:
         self.config = config = live.current
         configure_logging(config.log_level)
         self.group = group
-        if group == "cpu":
-            # Belt and braces beside the forced device: on a GPU host Ray hides no GPU from one without. Here, before
-            # anything imports torch, and not as a runtime_env, for which Ray starts every worker anew.
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._replica_id = _replica_id()
         settings = config.group(group)
         threads = max(1, int(settings.num_cpus))

@@ -5,6 +5,7 @@ torch is imported when an engine is made, not with this module, so that the ingr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -150,7 +151,11 @@ class EngineFactory:
         return device_facts(resolved, self._settings.precision, warning or fallback)
 
     def prepare_process(self, threads: int) -> None:
-        """Sets the number of threads that torch computes one forecast with."""
+        """For this process: the threads that torch computes one forecast with; in the CPU group, no GPU to see."""
+        if self._group == "cpu":
+            # Belt and braces beside the forced device. Before anything imports torch, and not as a runtime_env, for
+            # which Ray starts every worker anew.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         import torch
 
         torch.set_num_threads(threads)

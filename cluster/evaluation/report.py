@@ -59,6 +59,11 @@ def _share(found: dict[str, Any]) -> str:
     return f"{found['forecasts']} of {found['forecasts'] + found['left_out']} forecasts"
 
 
+def _score_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """The table of scores, as the console and the page show it."""
+    return [[_row_name(name, metrics), *_cells(metrics)] for name, metrics in summary["metrics"].items()]
+
+
 def _row_name(name: str, metrics: dict[str, Any]) -> str:
     return f"{NAMES[name]} ({metrics['left_out']} left out)" if metrics["left_out"] else NAMES[name]
 
@@ -142,10 +147,7 @@ HEADS = (
 
 
 def console_table(summary: dict[str, Any]) -> str:
-    rows = [
-        ["", *HEADS],
-        *([_row_name(name, metrics), *_cells(metrics)] for name, metrics in summary["metrics"].items()),
-    ]
+    rows = [["", *HEADS], *_score_rows(summary)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
@@ -162,7 +164,7 @@ def _html(summary: dict[str, Any], traded: Backtest | None) -> str:
         f"{period['first_origin']} to {period['last_origin']}; period from {period['from'] or 'the start'} to "
         f"{period['to'] or 'the end'} (exclusive). Weights sha256 <code>{model['sha256']}</code>.</p>",
         "<h2>Scores</h2>",
-        _html_table(["", *HEADS], [[_row_name(n, m), *_cells(m)] for n, m in summary["metrics"].items()]),
+        _html_table(["", *HEADS], _score_rows(summary)),
         "<p>CRPS: fair estimator, mean over the bars, in units of the history's root mean square one-bar move. WQL: "
         "2Σρ/Σ|y|, mean of the levels 0.1 to 0.9. MASE: m = 1. MAE of the median, in price. "
         f"{_ic_kind(summary)} Volatility: √Σ(Δ log p)² over the horizon. Lower is better, but for IC, hits and R².</p>",

@@ -360,7 +360,7 @@ class Runner:
             return decode(self._plain_tokenizer, lane.tokens, request.horizon, limit).cpu().numpy()
         start = self._decoder_start(request)
         if lane.decoder_cache is None:
-            lane.decoder_cache = self._open_decoder(lane, start)
+            lane.decoder_cache = self._open_decoder(lane)
         cache = lane.decoder_cache
         # However many wait, a share is the same: its size is part of how the numbers round.
         share = min(DECODE_CHUNK, max(1, DECODE_SHARE * self._speed // request.rows))
@@ -371,9 +371,10 @@ class Runner:
         cache.own_length += bars.stop - bars.start
         return self._tokenizer.head(hidden).float().cpu().numpy()
 
-    def _open_decoder(self, lane: Lane, start: int) -> SequenceCache:
+    def _open_decoder(self, lane: Lane) -> SequenceCache:
         """The decoder's cache with the history's bars in it, which all paths share."""
         request = lane.request
+        start = self._decoder_start(request)
         shape = self._decoder_shape(request)
         memory = lane.memory[-self._decoder_size(request) :].view(torch.float32)
         cache = SequenceCache(memory[: SequenceCache.size(*shape)], *shape)
