@@ -28,7 +28,7 @@ from cluster.batching.files import Source, find_files, scan
 from cluster.batching.forecaster import Forecaster, Work, unit_rows
 from cluster.batching.plan import Spread, Unit, plan_spread, plan_units, remove_spread, spread_file
 from cluster.batching.store import SPREAD_FOLDER, Store
-from cluster.placement import ActorPlacement, place_actors
+from cluster.placement import ActorPlacement, place_when_free
 from cluster.ray_session import node_resources, ray_session
 from model.errors import InputError, KronosError
 from model.registry import Checkpoint, load_checkpoint
@@ -82,12 +82,14 @@ def run_batch(config: BatchConfig, *, show: TextIO | None = None) -> Summary:
         return Summary(complete.symbols, complete.errors, seconds=time.monotonic() - began)
     # What actors have to say comes back in their rows.
     with ray_session(config.ray_address, log_to_driver=False, logging_level=logging.WARNING):
-        place = place_actors(
-            node_resources(free=True),
+        place = place_when_free(
+            node_resources(),
+            lambda: node_resources(free=True),
             device=config.device,
             actors=config.actors,
             num_cpus=config.num_cpus,
             num_gpus=config.num_gpus,
+            say=lambda text: _say(show, text),
         )
         sources = scan(files, config.layout)
         parts = store.parts()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from cluster.plan import gpu_slots
 from cluster.training.config import TrainingConfig
@@ -119,6 +120,57 @@ class ActorPlacement:
     @property
     def kind(self) -> str:
         return self.device.partition(":")[0]
+
+
+HANDOVER_S = 10.0
+"""How long actors of a command that has ended may take to give back what they held: Ray reports it with a delay."""
+
+
+def place_when_free(
+    total: Sequence[Node],
+    free: Callable[[], Sequence[Node]],
+    *,
+    device: str,
+    actors: int | None,
+    num_cpus: float,
+    num_gpus: float,
+    patience_s: float = HANDOVER_S,
+    say: Callable[[str], None] = lambda text: None,
+) -> ActorPlacement:
+    """place_actors in what is free, after a wait of at most patience_s for what the cluster has and others hold.
+
+    total: what each node has in all: what that has no room for is not waited for. free: asks what each has left.
+    Waited for: the actors that were asked for, or one if no number was, on the kind of device that `total` gives. After
+    the wait, what fits; say: hears that there is one. Raises as place_actors.
+    """
+    asked: dict[str, Any] = {"device": device, "num_cpus": num_cpus, "num_gpus": num_gpus}
+    best = place_actors(total, actors=actors, **asked)
+    wanted = 1 if actors is None else best.actors
+    until = time.monotonic() + patience_s
+    told = False
+    while True:
+        last_look = time.monotonic() >= until
+        try:
+            place = place_actors(free(), actors=actors, **asked)
+        except InputError:
+            if last_look:
+                raise
+        else:
+            if place.kind == best.kind and place.actors >= wanted:
+                return place
+            if last_look:
+                return _name_what_others_hold(place, best)
+        if not told:
+            say(f"the cluster's resources are in use: waiting up to {patience_s:g} s for them to be given back")
+            told = True
+        time.sleep(0.1)
+
+
+def _name_what_others_hold(place: ActorPlacement, best: ActorPlacement) -> ActorPlacement:
+    """A fallback that only the others' use explains is never silent: what is free shows no GPU to miss."""
+    if place.kind == best.kind or place.warnings:
+        return place
+    return replace(place, warnings=(f"the cluster's {best.kind} devices are in use by others; using {place.kind!r}",))
 
 
 def place_actors(

@@ -5,6 +5,8 @@ from pathlib import Path
 
 # The tests' networks are tiny, and Ray's workers share the machine: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before Ray is imported: with its token it would write into the home directory. The processes of a test inherit it.
+os.environ["RAY_AUTH_MODE"] = "disabled"
 
 import numpy as np
 import pandas as pd

@@ -21,7 +21,7 @@ import torch
 from cluster.candles.bars import SymbolBars
 from cluster.evaluation.scores import invalid_share
 from cluster.evaluation.walk_forward import CLOSE, WalkForward, Window
-from cluster.placement import place_actors
+from cluster.placement import place_when_free
 from cluster.ray_session import node_resources, ray_session
 from model.device import resolve_device
 from model.errors import InputError
@@ -168,8 +168,9 @@ def _on_ray(
     series = list({id(window.bars): window.bars for _, windows in shares for window in windows}.values())
     numbers = {id(bars): number for number, bars in enumerate(series)}
     with ray_session(os.environ.get("RAY_ADDRESS")):
-        place = place_actors(
+        place = place_when_free(
             node_resources(),
+            lambda: node_resources(free=True),
             device=choice.device,
             actors=min(workers, len(shares)),
             num_cpus=choice.threads,

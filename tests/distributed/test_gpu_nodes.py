@@ -7,9 +7,6 @@ import threading
 import time
 from pathlib import Path
 
-# Before Ray is imported: with its token it would write into the home directory.
-os.environ["RAY_AUTH_MODE"] = "disabled"
-
 import httpx
 import pytest
 

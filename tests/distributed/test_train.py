@@ -101,7 +101,7 @@ def start():
     started = []
 
     def run(config, *overrides):
-        environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+        environment = os.environ | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
         started.append(
             subprocess.Popen(
                 [sys.executable, "-m", "cluster.train", "--config", str(config), *overrides],
@@ -262,7 +262,6 @@ def two_cpus():
     """A cluster of two CPUs that this process is connected to."""
     import ray
 
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     ray.init(address="local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
     yield
     ray.shutdown()

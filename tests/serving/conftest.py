@@ -9,9 +9,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-# Before Ray is imported: with its token it would write into the home directory.
-os.environ["RAY_AUTH_MODE"] = "disabled"
-# As `make serve` starts it.
+# Before Ray is imported: as `make serve` starts it.
 os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serve_app.proxy:middlewares"
 
 import httpx

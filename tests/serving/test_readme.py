@@ -30,7 +30,6 @@ def server(wait, tmp_path_factory):
         process = subprocess.Popen(
             STARTS_THE_SERVER.split(),
             cwd=ROOT,
-            env=os.environ | {"RAY_AUTH_MODE": "disabled"},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

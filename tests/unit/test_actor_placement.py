@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.placement import place_actors
+from cluster.placement import place_actors, place_when_free
 from model.errors import InputError
 
 
@@ -68,3 +68,62 @@ def test_an_absent_accelerator_is_a_warning_too(monkeypatch):
     placed = place({"CPU": 2.0}, device="mps")
     assert placed.kind == "cpu"
     assert "'mps' was requested" in placed.warnings[0]
+
+
+def place_beside_others(total, free, patience_s=5.0, actors=1, said=None, device="auto"):
+    """free: what is left at each look; the last stays."""
+    looks = iter(free)
+    left = []
+
+    def look():
+        left[:] = [next(looks, left[0] if left else None)]
+        return [left[0]]
+
+    return place_when_free(
+        [total],
+        look,
+        device=device,
+        actors=actors,
+        num_cpus=1.0,
+        num_gpus=1.0,
+        patience_s=patience_s,
+        say=(said if said is not None else []).append,
+    )
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "kind"),
+    [
+        ({"CPU": 4.0}, [{"CPU": 0.0}, {"CPU": 0.0}, {"CPU": 1.0}], "cpu"),
+        ({"CPU": 4.0, "GPU": 1.0}, [{"CPU": 3.0, "GPU": 0.0}, {"CPU": 4.0, "GPU": 1.0}], "cuda"),
+    ],
+)
+def test_what_a_command_before_is_about_to_give_back_is_waited_for(total, free, kind):
+    """Not refused, and not put on the CPU, because the last command's actors still hold what they had."""
+    said = []
+    placed = place_beside_others(total, free, said=said)
+    assert (placed.kind, placed.actors, placed.warnings) == (kind, 1, ())
+    assert len(said) == 1
+    assert "waiting up to 5 s" in said[0]
+
+
+def test_others_are_not_waited_for_without_an_end():
+    with pytest.raises(InputError, match="wait until others have finished"):
+        place_beside_others({"CPU": 4.0}, [{"CPU": 0.0}], patience_s=0.2)
+    fewer = place_beside_others({"CPU": 4.0}, [{"CPU": 2.0}], patience_s=0.2, actors=3)
+    assert fewer.actors == 2
+    assert "3 actors were requested and 2 fit" in fewer.warnings[0]
+    on_cpu = place_beside_others({"CPU": 4.0, "GPU": 1.0}, [{"CPU": 4.0, "GPU": 0.0}], patience_s=0.2)
+    assert on_cpu.kind == "cpu"
+    assert "using 'cpu'" in on_cpu.warnings[0]
+
+
+def test_nothing_is_waited_for_that_the_cluster_does_not_have():
+    said = []
+    # With the patience of an hour: these return at once or not at all.
+    assert place_beside_others({"CPU": 4.0}, [{"CPU": 4.0}], 3600.0, device="cuda", said=said).kind == "cpu"
+    assert place_beside_others({"CPU": 2.0}, [{"CPU": 2.0}], 3600.0, actors=8, said=said).actors == 2
+    assert place_beside_others({"CPU": 4.0}, [{"CPU": 1.0}], 3600.0, actors=None, said=said).actors == 1
+    with pytest.raises(InputError, match=r"no node has more than 0\.5"):
+        place_beside_others({"CPU": 0.5}, [{"CPU": 0.5}], 3600.0)
+    assert said == []
