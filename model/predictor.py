@@ -23,7 +23,7 @@ from model.sampler import check_sampling
 from model.tokenizer import KronosTokenizer
 from model.types import COLUMNS, Paths, Sampling, Series, StepCallback, StopCheck, Window
 
-COMPILED_ROWS = (1, 4, 8, 16, 32)
+COMPILED_ROWS = (1, 4, 6)
 """A step of more rows is bound by its products, which the packed layers compute as fast."""
 
 

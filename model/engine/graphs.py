@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.engine.attention import SequenceCache
 from model.engine.sampler import RowSettings, sample_sorted
-from model.engine.stack import Stack
+from model.engine.step import Step
 from model.kronos import Kronos
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -119,13 +119,16 @@ class GraphedSteps:
     If a capture fails, warning says so and every later step is left to the caller.
     """
 
-    def __init__(self, model: Kronos, stack: Stack, memory: Tensor, max_context: int) -> None:
-        """memory: the arena, and after it scratch() elements, to which rows that only fill a bucket write."""
-        self._model, self._stack = model, stack
+    def __init__(self, model: Kronos, step: Step, layers: int, memory: Tensor, max_context: int) -> None:
+        """layers: of the model's blocks.
+
+        memory: the arena, and after it scratch() elements, to which rows that only fill a bucket write.
+        """
+        self._model, self._step, self._layers = model, step, layers
         self._memory, self._max_context = memory, max_context
         self._recorder = _Recorder(memory.device) if memory.device.type == "cuda" else None
         self._buckets: dict[tuple[int, int], _Bucket] = {}
-        scratch = (memory.numel() - self.scratch(stack.layers, model.d_model)) // model.d_model
+        scratch = (memory.numel() - self.scratch(layers, model.d_model)) // model.d_model
         self.warning: str | None = None
         self._idle = torch.tensor([0, 0, 1, scratch, 0, 0, scratch, 1, 0], device=memory.device)
 
@@ -161,15 +164,15 @@ class GraphedSteps:
         return tokens
 
     def _compute(self, step: StepInput, bars: int) -> Tensor:
-        model, cross_layer = self._model, self._stack.layers
+        model, cross_layer = self._model, self._layers
         attention = GatheredAttention(self._memory, step.places, bars, model.d_model)
         x = (model.embedding(step.tokens[:, 0], step.tokens[:, 1]) + step.times)[:, None]
-        context = model.norm(self._stack.run(x, step.places[:, 0], attention.step))
-        attention.write(cross_layer, *model.dep_layer.memory(context))
+        context, keys, values = self._step.advance(x, step.places[:, 0], attention.step)
+        attention.write(cross_layer, keys, values)
         settings = RowSettings(step.temperature, step.top_p, step.kept, step.greedy)
-        s1_logits = model.next_s1_logits(context)
+        s1_logits = self._step.s1_logits(context)
         s1 = sample_sorted(s1_logits, settings, step.noise[:, 0, : s1_logits.shape[1]])
-        s2_logits = model.next_s2_logits(context, s1, lambda q: attention.attend(cross_layer, q))
+        s2_logits = self._step.s2_logits(context, s1, lambda q: attention.attend(cross_layer, q))
         s2 = sample_sorted(s2_logits, settings, step.noise[:, 1, : s2_logits.shape[1]])
         return torch.stack((s1, s2), dim=-1)
 

@@ -21,6 +21,7 @@ from model.engine.kv_cache import Block
 from model.engine.packing import packed
 from model.engine.sampler import RowSettings, SeededNoise, draw_noise, sample_rows, sample_sorted
 from model.engine.stack import Stack
+from model.engine.step import Step
 from model.engine.types import EngineConfig, Request
 from model.errors import InputError
 from model.frames import normalise
@@ -31,7 +32,7 @@ from model.tokenizer import KronosTokenizer
 from model.types import MARK_SIZES
 
 if TYPE_CHECKING:
-    from model.engine.compiled import CompiledStack
+    from model.engine.compiled import CompiledStep
 
 DECODE_CHUNK = 64
 """Bars of each path that pass the tokenizer's decoder at once, which bounds the memory of its attention scores."""
@@ -47,6 +48,8 @@ class Lane:
 
     tokens: int64 [S, T + H, 2]. times: summed time embeddings [T + H, D]. memory: the request's range of the arena.
     cache: of the model's blocks and its cross-attention. start: first bar of the window. step: bars generated.
+    shared: bars of the window that were there when it was last computed from scratch and that all paths have in common:
+    of the history, or with a single path all.
     fresh: the newest bar is cached, as it is after a prefill, and context is its position, [1 or S, 1, D].
     noise: of a seeded request. decoder_cache: of the tokenizer's decoder; decoded: shares of the result, [S, n, 6].
     told: bars that on_bars has had.
@@ -60,6 +63,7 @@ class Lane:
     mean: np.ndarray
     scale: np.ndarray
     start: int
+    shared: int
     step: int = 0
     fresh: bool = False
     context: Tensor | None = None
@@ -74,15 +78,10 @@ class Lane:
         return self.request.history + self.step
 
     @property
-    def window_history(self) -> int:
-        """Bars of history in the window; what follows them there was generated."""
-        return max(0, self.request.history - self.start)
-
-    @property
     def left(self) -> int:
         """Rows × bars of the window that are not cached."""
-        own = self.end - self.start - self.window_history
-        return self.window_history - self.cache.history_length + self.request.rows * (own - self.cache.own_length)
+        own = self.end - self.start - self.shared
+        return self.shared - self.cache.history_length + self.request.rows * (own - self.cache.own_length)
 
     @property
     def finished(self) -> bool:
@@ -106,6 +105,7 @@ class Runner:
         self._sample = sample_rows if device.type == "cpu" else sample_sorted
         self._decoder_width = int(tokenizer.embed.out_features)
         self._stack = Stack(self._model.transformer, config.max_context, device)
+        self._step = Step(self._model, self._stack)
         self._decoder = Stack(self._tokenizer.decoder, config.max_context, device)
         self._cross_layer = self._stack.layers
         # On the CPU a bf16 cache is slower: its attention kernels for one query are poor.
@@ -115,12 +115,15 @@ class Runner:
         self._memory = torch.empty(self.arena_elements + scratch, dtype=dtype, device=device)
         self._graphs: GraphedSteps | None = None
         if config.graphs or (config.graphs is None and device.type == "cuda"):
-            self._graphs = GraphedSteps(self._model, self._stack, self._memory, config.max_context)
-        self._compiled: CompiledStack | None = None
+            self._graphs = GraphedSteps(self._model, self._step, self._stack.layers, self._memory, config.max_context)
+        self._compiled: CompiledStep | None = None
         if config.compile_rows:
-            from model.engine.compiled import CompiledStack  # on first use: registering its operation takes 0.1 s
+            from model.engine.compiled import CompiledStep  # on first use: it imports the compiler, which takes seconds
 
-            self._compiled = CompiledStack(model, config.max_context, config.precision, config.compile_rows, device)
+            self._compiled = CompiledStep(
+                self._step, model, config.max_context, config.precision, config.compile_rows, device
+            )
+            self._step = self._compiled
         self._batch: tuple[list[Request], RowSettings] | None = None
 
     @property
@@ -176,6 +179,7 @@ class Runner:
             raise InputError("a time mark is out of range: make them with model.frames.time_marks", code="bad_marks")
         memory = self._memory.narrow(0, block.offset, block.size)
         seed = request.sampling.seed
+        context_used = request.context_used(self._config.max_context)
         return Lane(
             request=request,
             tokens=tokens,
@@ -189,7 +193,8 @@ class Runner:
             ),
             mean=mean,
             scale=scale,
-            start=request.history - request.context_used(self._config.max_context),
+            start=request.history - context_used,
+            shared=context_used,
             noise=None if seed is None else SeededNoise(seed, request.rows, self._vocabulary, self._device),
         )
 
@@ -197,8 +202,8 @@ class Runner:
     def prefill(self, lane: Lane, chunk: int) -> int:
         """Computes some rows × bars of the window; returns how many are left."""
         done, rows = lane.cache.history_length, lane.request.rows
-        if done < lane.window_history:
-            context = self._history_context(lane, slice(done, min(lane.window_history, done + chunk)))
+        if done < lane.shared:
+            context = self._shared_context(lane, slice(done, min(lane.shared, done + chunk)))
         else:
             context = self._own_context(lane, min(lane.left // rows, max(1, chunk // rows)))
         if not lane.left:
@@ -211,6 +216,8 @@ class Runner:
         if lane.end - lane.start <= limit:
             return 0
         lane.start = lane.end - limit - 1 + lane.request.window.hop
+        # A single path shares its window with nobody, so all of it is computed in one go.
+        lane.shared = max(0, (lane.end if lane.request.rows == 1 else lane.request.history) - lane.start)
         lane.cache.clear()
         return lane.left
 
@@ -233,9 +240,9 @@ class Runner:
         """Samples from the lanes' newest contexts; tokens int64 [R, 2]."""
         context = torch.cat([cast(Tensor, lane.context).expand(lane.request.rows, -1, -1) for lane in lanes])
         settings = self._settings(lanes)
-        s1_logits = self._model.next_s1_logits(context)
+        s1_logits = self._step.s1_logits(context)
         s1 = self._sample(s1_logits, settings, self._noise(lanes, S1_HEAD, s1_logits.shape[1]))
-        s2_logits = self._model.next_s2_logits(context, s1, partial(self._recall, lanes))
+        s2_logits = self._step.s2_logits(context, s1, partial(self._recall, lanes))
         s2 = self._sample(s2_logits, settings, self._noise(lanes, S2_HEAD, s2_logits.shape[1]))
         return torch.stack((s1, s2), dim=-1)
 
@@ -278,7 +285,7 @@ class Runner:
 
     def _own_context(self, lane: Lane, count: int) -> Tensor:
         """Computes and caches the next bars that the paths have generated; context [S, count, D]."""
-        first = max(lane.request.history, lane.start) + lane.cache.own_length
+        first = lane.start + lane.shared + lane.cache.own_length
         bars = slice(first, first + count)
         x = self._model.embedding(lane.tokens[:, bars, 0], lane.tokens[:, bars, 1]) + lane.times[bars]
         positions = slice(first - lane.start, first - lane.start + count)
@@ -287,8 +294,8 @@ class Runner:
         lane.cache.own_length += count
         return context
 
-    def _history_context(self, lane: Lane, positions: slice) -> Tensor:
-        """Computes and caches positions of the window's history; context [1, g, D]."""
+    def _shared_context(self, lane: Lane, positions: slice) -> Tensor:
+        """Computes and caches positions of what the paths share of the window; context [1, g, D]."""
         bars = slice(lane.start + positions.start, lane.start + positions.stop)
         x = self._model.embedding(lane.tokens[:1, bars, 0], lane.tokens[:1, bars, 1]) + lane.times[bars]
         context = self._model.norm(self._stack.run(x, positions, lane.cache.attend_history))
@@ -305,10 +312,8 @@ class Runner:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return _by_lane(lanes, lambda lane, *qkv: lane.cache.attend_own(layer, *qkv), q, k, v)
 
-        hidden = None if self._compiled is None else self._compiled.run(x, positions, attend)
-        context = self._model.norm(self._stack.run(x, positions, attend) if hidden is None else hidden)
+        context, keys, values = self._step.advance(x, positions, attend)
         rows = [lane.request.rows for lane in lanes]
-        keys, values = self._model.dep_layer.memory(context)
         for lane, newest, k, v in zip(lanes, *(t.split(rows) for t in (context, keys, values)), strict=True):
             lane.context = newest
             lane.cache.write_own(self._cross_layer, k, v)

@@ -143,17 +143,19 @@ def test_compiled_steps_give_the_plain_loops_tokens(tiny, series_of):
     running = engine(tiny, compile_rows=(4,))
     assert running.warnings == ()
     calls = []
-    running._runner._compiled._steps[4] = partial(_counted, calls, running._runner._compiled._steps[4])
+    compiled = running._runner._compiled._compiled
+    for part, step in compiled.items():
+        compiled[part] = partial(_counted, calls, part, step)
     shapes = [((0, 90, 30), 3), ((200, 20, 12), 1), ((400, 60, 20), 4)]
     requests = [Request(series_of(*shape), Sampling(samples=s, seed=s)) for shape, s in shapes]
     running.run(requests)
-    assert calls
+    assert set(calls) == {("advance", 4), ("s1", 4), ("s2", 4)}
     for request in requests:
         np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 512)[0])
 
 
-def _counted(calls, step, *arguments):
-    calls.append(1)
+def _counted(calls, part, step, *arguments):
+    calls.append(part)
     return step(*arguments)
 
 
@@ -162,7 +164,7 @@ def test_without_a_compiler_steps_run_eagerly_and_say_so(tiny, series_of, monkey
     def broken(*arguments, **options):
         raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch._inductor, "compile", broken)
     running = engine(tiny, compile_rows=(1,), precision="int8" if cause == "int8" else "fp32")
     [warning] = running.warnings
     assert "torch.compile is off" in warning
@@ -494,23 +496,23 @@ def test_a_large_request_that_waits_is_overtaken_so_often_and_no_more(tiny, seri
 def test_a_compiled_step_that_fails_later_is_computed_eagerly(tiny, series_of, monkeypatch):
     calls = []
 
-    def compile_for_one_call(step, **options):
-        def compiled(x, positions):
+    def compile_for_one_call(graph, inputs, options):
+        def compiled(*arguments):
             calls.append(1)
-            if len(calls) > 1:
-                raise RuntimeError("compiled anew, and failed")
-            return step(x, positions)
+            if len(calls) > 3:  # the three parts of a step are called once each while they are made
+                raise RuntimeError("worked once, and failed")
+            return torch.utils._pytree.tree_leaves(graph(*arguments))
 
         return compiled
 
-    monkeypatch.setattr(torch, "compile", compile_for_one_call)
+    monkeypatch.setattr(torch._inductor, "compile", compile_for_one_call)
     running = engine(tiny, compile_rows=(4,))
     assert running.warnings == ()
     request = Request(series_of(0, 20, 6), Sampling(samples=3, seed=1))
     running.run([request])
     [warning] = running.warnings
-    assert "compiled anew" in warning
-    assert len(calls) == 2
+    assert "worked once" in warning
+    assert len(calls) == 4
     np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 512)[0])
 
 
