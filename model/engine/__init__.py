@@ -5,9 +5,10 @@ kv_cache    where a request's keys and values lie in the preallocated arena     
 scheduler   which requests are admitted, prefilled and stepped next              no torch
 runner      the tensors: prefill, one step for many rows, sliding, decoding
 attention   the cache of one request: a shared history and each path's own bars
-stack       the blocks of a network over any positions: the seam for what computes them
+stack       the blocks of a network over any positions
+step        the arithmetic of one decode step: the seam for what computes it
 packing     linear layers in the form that is fastest on the device
-compiled    the stack through torch.compile, for the CPU
+compiled    the step through torch.compile's back end, for the CPU
 graphs      a step of fixed shapes, for CUDA graphs
 sampler     tokens for rows of different settings
 engine      schedule → run → update, and the errors of single requests

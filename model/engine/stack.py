@@ -1,4 +1,4 @@
-"""A network's blocks, run over any positions, with attention from wherever the engine keeps it. The compiler's seam."""
+"""A network's blocks, run over any positions, with attention from wherever the engine keeps it."""
 
 from __future__ import annotations
 
