@@ -284,9 +284,11 @@ def test_missing_and_unknown_fields_of_candles(http, candle_items):
 
 
 def test_an_integer_with_too_many_digits_is_a_field_error(http, columns):
-    raw = json.dumps({"series": [columns()]}).replace("107.0", "1" * 5000)
+    raw = json.dumps({"series": [columns()], "horizon": 3, "seed": 7}).replace("107.0", "1" * 5000)
     response = http.post("/v1/forecast", raw=raw.encode())
     assert_field(response, ("series", 0, "open", 7), "not_finite")
+    # Integers beside it, of the usual size, are no mistakes.
+    assert {fault["loc"][0] for fault in response.json()["error"]["fields"]} == {"series"}
 
 
 def test_answers_echo_little_of_the_input(http, columns):
