@@ -276,6 +276,28 @@ def test_check_config_survives_any_file(tmp_path, text):
     assert check_config(str(path), {})[0]
 
 
+@pytest.mark.parametrize(
+    "deployments",
+    ["foo", "5", "[x]", "[{name: ingress, user_config: 5}]", "[{name: ingress, user_config: {1: 5}}]"],
+)
+def test_check_config_names_what_is_wrong_with_deployments(tmp_path, deployments):
+    path = tmp_path / "odd.yaml"
+    path.write_text(f"{CONFIG.read_text()}\n    deployments: {deployments}\n")
+    (error, *_), _ = check_config(str(path), {})
+    assert "deployments" in error or "user_config: 1 cannot" in error
+
+
+def test_check_config_reads_text_only(tmp_path):
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(b"\xff\xfe\x80")
+    assert "not YAML" in check_config(str(path), {})[0][0]
+
+
+def test_reconfigure_says_what_is_wrong_with_an_address(capsys):
+    assert main(["reconfigure", str(CONFIG), "--address", "127.0.0.1:8265"]) == 1
+    assert "http://" in capsys.readouterr().err
+
+
 def test_check_config_command(tmp_path, capsys):
     assert main(["check-config", str(CONFIG)]) == 0
     assert main(["check-config", str(tmp_path / "absent.yaml")]) == 1
