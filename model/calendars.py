@@ -53,7 +53,7 @@ def future_times(
     """The horizon bar times after a history's, datetime64[us] on the history's wall clock.
 
     local: datetime64[us] [T], the history's times on its wall clock, rising. offset: of that clock from UTC; None if it
-    is not told, which an intraday calendar reads as the exchange's own time.
+    is not told, which a calendar reads as the exchange's own time.
     freq: a bar size as parse_freq reads it; None infers it from the history.
     calendar: an exchange_calendars name, "24/7", or None: every step of freq is a bar.
     Raises CalendarError.
@@ -66,7 +66,7 @@ def future_times(
         if step < DAY:
             future = _intraday(local, offset, horizon, step, calendar)
         elif step == DAY:
-            future = _daily(local, horizon, calendar)
+            future = _daily(local, offset, horizon, calendar)
         else:
             text = "bars of more than a day do not follow a calendar: leave calendar out"
             raise CalendarError("calendar", "freq_over_a_day", text)
@@ -155,15 +155,40 @@ def _calendar(local: np.ndarray, name: str, horizon: int) -> tuple[np.ndarray, n
     return _sessions(name, first - 1, min(last + 2 + horizon // _SESSIONS_A_YEAR, _LAST_YEAR))
 
 
-def _daily(local: np.ndarray, horizon: int, name: str) -> np.ndarray:
-    dates, _, _ = _calendar(local, name, horizon)
-    day = local[-1].astype("datetime64[D]")
+def _daily(local: np.ndarray, offset: timedelta | None, horizon: int, name: str) -> np.ndarray:
+    dates, _, zone = _calendar(local, name, horizon)
+    clock, there = local, False
+    if offset is not None:
+        exchange = _to_local(local[-_CHECKED_BARS:] - np.timedelta64(offset), None, zone)
+        there = _named_on_the_exchange(local[-_CHECKED_BARS:], exchange, dates)
+        clock = exchange if there else local
+    day = clock[-1].astype("datetime64[D]")
     if day < dates[0]:
         text = f"this calendar begins with {dates[0]}, after the history: leave calendar out, or give future_timestamps"
         raise CalendarError("calendar", "calendar_out_of_range", text)
     following = dates[dates > day][:horizon]
     _require_enough(following, horizon)
-    return following.astype("datetime64[us]") + (local[-1] - day.astype("datetime64[us]"))
+    future = following.astype("datetime64[us]") + (clock[-1] - day.astype("datetime64[us]"))
+    if there:
+        # A time that the clocks skip that day is read as the first one after it, a repeated one as the earlier.
+        index = pd.DatetimeIndex(future).tz_localize(
+            zone, ambiguous=np.ones(horizon, bool), nonexistent="shift_forward"
+        )
+        utc = index.tz_convert("UTC").tz_localize(None).to_numpy().astype("datetime64[us]")
+        return _to_local(utc, offset, zone)
+    return future
+
+
+def _named_on_the_exchange(local: np.ndarray, exchange: np.ndarray, dates: np.ndarray) -> bool:
+    """Whether days are dated by the exchange's clock rather than by the one they are written in.
+
+    Midnight in Tokyo is 15:00 of the day before in UTC; midnight in UTC is 20:00 of the day before in New York. The
+    sessions tell which of the two is meant; where both fit, a midnight is a date and any other time a moment.
+    """
+    written, meant = (np.isin(clock.astype("datetime64[D]"), dates).mean() for clock in (local, exchange))
+    if written != meant:
+        return bool(meant > written)
+    return bool(local[-1] != local[-1].astype("datetime64[D]"))
 
 
 def _intraday(local: np.ndarray, offset: timedelta | None, horizon: int, step: np.timedelta64, name: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import exchange_calendars
 import numpy as np
+import pandas as pd
 import pytest
 
 from model.calendars import CalendarError, future_times, parse_freq
@@ -93,6 +94,33 @@ def test_days_skip_weekends_and_holidays():
     assert follow(history, 2, calendar="XNYS") == ["2024-07-05", "2024-07-08"]
     assert refused(history) == ("freq", "freq_ambiguous")
     assert follow(["2024-07-02T00:00:00Z", "2024-07-03T00:00:00Z"], 1, calendar="XNYS") == ["2024-07-05T00:00:00Z"]
+
+
+@pytest.mark.parametrize(
+    ("name", "zone", "clock", "weekend", "expected"),
+    [
+        # Midnight in Tokyo, in UTC the day before: Monday's bar comes on a Sunday.
+        ("XTKS", "Asia/Tokyo", "00:00", ("2024-06-12", "2024-06-21"), ["2024-06-23T15:00:00Z", "2024-06-24T15:00:00Z"]),
+        # Closes in New York; its clocks change on the Sunday between.
+        (
+            "XNYS",
+            "America/New_York",
+            "16:00",
+            ("2024-03-04", "2024-03-08"),
+            ["2024-03-11T20:00:00Z", "2024-03-12T20:00:00Z"],
+        ),
+        # Dates written as midnight in UTC are no moments of an exchange.
+        ("XNYS", "UTC", "00:00", ("2024-03-04", "2024-03-08"), ["2024-03-11T00:00:00Z", "2024-03-12T00:00:00Z"]),
+        ("XTKS", "UTC", "00:00", ("2024-06-12", "2024-06-21"), ["2024-06-24T00:00:00Z", "2024-06-25T00:00:00Z"]),
+    ],
+)
+def test_days_with_an_offset_are_the_exchanges(name, zone, clock, weekend, expected):
+    days = exchange_calendars.get_calendar(name).sessions_in_range(*weekend)
+    moments = [(day + pd.Timedelta(f"{clock}:00")).tz_localize(zone).tz_convert("UTC") for day in days]
+    assert follow([f"{moment:%Y-%m-%dT%H:%M:%SZ}" for moment in moments], 2, calendar=name) == expected
+    elsewhere = [moment.tz_convert("+09:00").isoformat() for moment in moments]
+    followed = [pd.Timestamp(text) for text in follow(elsewhere, 2, calendar=name)]
+    assert followed == [pd.Timestamp(text) for text in expected]
 
 
 def test_refusals_of_calendars():
