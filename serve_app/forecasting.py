@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
@@ -30,6 +31,9 @@ from serve_app.stream import EventStream, event
 T = TypeVar("T")
 SMALL_BYTES = 2**16
 """What is read and written in the event loop itself, about 5 ms of it; more goes to a thread."""
+LEAST_WEIGHT = 0.001
+"""Of a media type in Accept; 0 means: not this one."""
+_WEIGHT = re.compile(r"q=[01](\.[0-9]{0,3})?")
 Write = Callable[[Asked, Answered, str | None], bytes]
 """(request, result, device warning) → the body of the answer."""
 
@@ -42,11 +46,22 @@ class Formats:
     writers: Mapping[str, Write]
 
     def writer(self, accept: str) -> tuple[str, Write]:
-        """The format for an Accept header: the first listed that it names, else the first."""
-        named = {part.split(";", 1)[0].strip().lower() for part in accept.split(",")}
+        """The format for an Accept header: one that it names, unless it gives the first more weight; else the first."""
+        weights = _weights(accept)
         default, *others = self.writers
-        kind = next((kind for kind in others if kind in named), default)
+        most = next((weights[kind] for kind in (default, "application/*", "*/*") if kind in weights), 0.0)
+        kind = next((kind for kind in others if weights.get(kind, 0.0) >= max(most, LEAST_WEIGHT)), default)
         return kind, self.writers[kind]
+
+
+def _weights(accept: str) -> dict[str, float]:
+    """Media type → its weight in an Accept header, 0 to 1; 1 where there is none, or none that can be read."""
+    weights = {}
+    for part in accept.lower().split(","):
+        kind, *parameters = (piece.strip() for piece in part.split(";"))
+        given = next((text for text in parameters if _WEIGHT.fullmatch(text)), "q=1")
+        weights[kind] = float(given[2:])
+    return weights
 
 
 class Forecasting:

@@ -164,6 +164,26 @@ def test_the_time_zone_of_an_answer(http, columns, suffixes, zone):
     assert told == [datetime.fromisoformat(f"2024-01-01T08:00:00{suffix}") for suffix in suffixes]
 
 
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        (ARROW, ARROW),
+        (f"application/json, {ARROW.upper()}", ARROW),
+        (f"{ARROW}; q=0.5, */*;q=0.1", ARROW),
+        (f"{ARROW};q=nonsense", ARROW),
+        (f"application/json, {ARROW};q=0.5", "application/json"),
+        (f"application/json, {ARROW};q=0", "application/json"),
+        (f"{ARROW};q=0.000", "application/json"),
+        (f"{ARROW};q=0.9, */*", "application/json"),
+        ("*/*", "application/json"),
+        (",;q,;", "application/json"),
+    ],
+)
+def test_the_format_is_the_one_that_accept_prefers(http, columns, accept, kind):
+    response = http.post("/v1/forecast", {"series": [columns()]}, headers={"accept": accept})
+    assert (response.status_code, response.headers["content-type"]) == (200, kind)
+
+
 def test_what_cannot_be_one_table(http, columns):
     naive = dict(columns(), timestamps=[text.replace("Z", "") for text in columns()["timestamps"]])
     response = http.post("/v1/forecast", {"series": [columns(), naive]}, headers={"accept": ARROW})
