@@ -93,7 +93,8 @@ def _check_schema(schema: pa.Schema) -> None:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    # Polars writes views.
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _is_label(kind: pa.DataType) -> bool:
@@ -108,10 +109,19 @@ def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_float32(kind) or pa.types.is_float64(kind) or pa.types.is_integer(kind)
 
 
+def _is_number_or_absent(kind: pa.DataType) -> bool:
+    # pandas and Polars give a column that holds nothing but nulls a type of its own.
+    return _is_number(kind) or pa.types.is_null(kind)
+
+
+_NUMBER = ("not_a_number", "must be a column of float64, float32 or integers")
+
+
 _KINDS = {
     SERIES_ID: (_is_label, "not_a_string", "must be a column of strings"),
     TIMESTAMP: (_is_time, "not_a_time", "must be a column of timestamps, dates or ISO 8601 strings"),
-    **dict.fromkeys(COLUMNS, (_is_number, "not_a_number", "must be a column of float64, float32 or integers")),
+    **dict.fromkeys(COLUMNS[:4], (_is_number, *_NUMBER)),
+    **dict.fromkeys(COLUMNS[4:], (_is_number_or_absent, *_NUMBER)),
 }
 
 

@@ -264,7 +264,12 @@ def _require_table(asked: Asked) -> None:
     if asked.stream:
         text = f"a stream is server-sent events: leave stream out, or do not Accept {ARROW}"
         raise invalid_fields([FieldError(("stream",), "unknown_value", text)])
+    seen: set[str | None] = set()
     for index, item in enumerate(asked.items):
+        if item.id in seen:
+            text = "another series has this id, or this place where an id is absent: a table tells series apart by it"
+            raise invalid_fields([FieldError(("series", index, "id"), "duplicate", text)])
+        seen.add(item.id)
         if (item.offset is None) != (asked.items[0].offset is None):
             text = "has a UTC offset where the first series has none, or the reverse: one Arrow column cannot hold both"
             raise invalid_fields([FieldError(("series", index, "timestamps"), "mixed_time_zones", text)])

@@ -107,6 +107,17 @@ def test_typed_timestamps(http, send, series, table, unit):
     assert answer["series"][0]["timestamps"][0] == "2024-01-01T16:00:00+08:00"
 
 
+def test_the_types_that_polars_and_pandas_write(send, table):
+    views = table
+    for name in ("series_id", "timestamp"):
+        views = replaced(views, name, table[name].cast(pa.string_view()))
+    # None in every row of a DataFrame: a column that holds nothing but nulls.
+    for name in ("volume", "amount"):
+        views = views.drop([name] if name in views.column_names else []).append_column(name, pa.nulls(len(table)))
+    expected = send(table.drop(["volume"]), horizon=2, seed=1).json()
+    assert send(views, horizon=2, seed=1).json() == expected
+
+
 def test_dates(send, table):
     days = pa.array([f"2024-01-{1 + i % 8:02d}" for i in range(14)]).cast(pa.date32())
     answer = send(replaced(table, "timestamp", days), horizon=1).json()
@@ -190,6 +201,10 @@ def test_what_cannot_be_one_table(http, columns):
     assert_field(response, ("series", 1, "timestamps"), "mixed_time_zones")
     response = http.post("/v1/forecast", {"series": [columns()], "stream": True}, headers={"accept": ARROW})
     assert_field(response, ("stream",), "unknown_value")
+    for one, other in ({"id": "a"}, {"id": "a"}), ({}, {"id": "0"}):
+        twice = {"series": [{**columns(), **one}, {**columns(), **other}]}
+        assert_field(http.post("/v1/forecast", twice, headers={"accept": ARROW}), ("series", 1, "id"), "duplicate")
+        assert http.post("/v1/forecast", twice).status_code == 200
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
