@@ -22,8 +22,10 @@ _UNITS = {"s": 1, "sec": 1, "min": 60, "t": 60, "h": 3600, "d": 86400, "day": 86
 _FREQ = re.compile(r"(\d{0,4})\s*([a-z]+)")
 _SESSIONS_A_YEAR = 200
 """At least, on any exchange."""
-_LAST_YEAR = 2204
-"""Of any schedule; pandas ends in 2262."""
+_WINDOWS = ((1995, 2040), (1900, 2204))
+"""Years of a schedule, of which the first window that holds a history is computed: once, whatever years are asked for.
+
+All of them take 10 MB and more for one exchange; pandas ends in 2262."""
 _CHECKED_BARS = 1000
 _FIT_SHARE = 0.9
 """Share of the history's bars that must lie on the calendar's grid: vendors have the odd auction bar beside it."""
@@ -105,7 +107,7 @@ def require_known(name: str) -> None:
         raise CalendarError("calendar", "unknown_calendar", text)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _sessions(name: str, first_year: int, last_year: int) -> tuple[np.ndarray, np.ndarray, str]:
     """(dates datetime64[D] [N], opens and closes datetime64[us] UTC [N, parts, 2], time zone).
 
@@ -152,7 +154,9 @@ def _calendar(local: np.ndarray, name: str, horizon: int) -> tuple[np.ndarray, n
     first, last = (int(str(moment)[:4]) for moment in (local[max(0, len(local) - _CHECKED_BARS)], local[-1]))
     if not 1900 <= first <= last <= 2200:
         raise CalendarError("calendar", "calendar_out_of_range", "calendars cover 1900 to 2200")
-    return _sessions(name, first - 1, min(last + 2 + horizon // _SESSIONS_A_YEAR, _LAST_YEAR))
+    first, last = first - 1, last + 2 + horizon // _SESSIONS_A_YEAR
+    window = next((years for years in _WINDOWS if years[0] <= first and last <= years[1]), _WINDOWS[-1])
+    return _sessions(name, *window)
 
 
 def _daily(local: np.ndarray, offset: timedelta | None, horizon: int, name: str) -> np.ndarray:
@@ -194,22 +198,20 @@ def _named_on_the_exchange(local: np.ndarray, exchange: np.ndarray, dates: np.nd
 def _intraday(local: np.ndarray, offset: timedelta | None, horizon: int, step: np.timedelta64, name: str) -> np.ndarray:
     """Bars are labelled by their open or by their close: whichever the history shows."""
     _, hours, zone = _calendar(local, name, horizon)
+    parts = hours.reshape(-1, 2)
+    parts = parts[~np.isnat(parts).any(axis=1)]
     utc = _to_utc(local[-_CHECKED_BARS:], offset, zone)
-    around = hours[(hours[:, 0, 0] > utc[0] - 7 * DAY)]
-    # Enough for the horizon even if a session had a single bar, and for what lies between.
-    around = around[: int((around[:, 0, 0] <= utc[-1]).sum()) + horizon + 1]
-    grids = [_grid(around, step, right) for right in (False, True)]
-    fits = [np.isin(utc, grid) for grid in grids]
+    fits = [_on_grid(utc, parts, step, right) for right in (False, True)]
     shares = [fit.mean() if fit[-1] else 0.0 for fit in fits]
     # The labels inside a session are the same; its first and last bar tell the two conventions apart.
-    best = [grid for grid, share in zip(grids, shares, strict=True) if share == max(shares) >= _FIT_SHARE]
-    futures = [grid[grid > utc[-1]][:horizon] for grid in best]
+    best = [right for right, share in zip((False, True), shares, strict=True) if share == max(shares) >= _FIT_SHARE]
+    futures = [_labels_after(utc[-1], parts, step, right, horizon) for right in best]
     if not futures:
         text = "the history's bars do not fit this calendar's sessions and bar size: check both"
         raise CalendarError("calendar", "not_on_calendar", text)
     for future in futures:
         _require_enough(future, horizon)
-    if len(futures) == 2 and not np.array_equal(*futures):
+    if len(futures) == 2 and not np.array_equal(futures[0], futures[1]):
         text = (
             "the history does not show whether a bar is named by its open or its close: "
             "send the first or last bar of a session as well"
@@ -218,16 +220,34 @@ def _intraday(local: np.ndarray, offset: timedelta | None, horizon: int, step: n
     return _to_local(futures[0], offset, zone)
 
 
-def _grid(hours: np.ndarray, step: np.timedelta64, right: bool) -> np.ndarray:
-    """Bar labels of sessions [N, parts, 2], in order: opens of the bars, or (right) their closes."""
-    labels = []
-    for begin, end in hours.reshape(-1, 2):
-        if np.isnat(begin) or np.isnat(end):
-            continue
-        opens = np.arange(begin, end, step)
-        # The last bar of a session may be cut short.
-        labels.append(np.minimum(opens + step, end) if right else opens)
-    return np.concatenate(labels) if labels else np.empty(0, "datetime64[us]")
+# The labels of bars are the opens of the bars or (right) their closes, the last of which may be cut short. They are
+# counted, never listed: ten weeks of sessions have a million seconds. parts: datetime64[us] UTC [N, 2], in order.
+
+
+def _on_grid(utc: np.ndarray, parts: np.ndarray, step: np.timedelta64, right: bool) -> np.ndarray:
+    """bool [T]: which times are labels."""
+    place = np.searchsorted(parts[:, 0], utc, side="left" if right else "right") - 1
+    begin, end = parts[np.maximum(place, 0)].T
+    whole = (utc - begin) % step == np.timedelta64(0)
+    inside = (utc <= end) & (whole | (utc == end)) if right else (utc < end) & whole
+    fits: np.ndarray = (place >= 0) & inside
+    return fits
+
+
+def _labels_after(
+    moment: np.datetime64, parts: np.ndarray, step: np.timedelta64, right: bool, count: int
+) -> np.ndarray:
+    """The next `count` labels, or as many as there are; datetime64[us]."""
+    found = [np.empty(0, "datetime64[us]")]
+    for begin, end in parts[np.searchsorted(parts[:, 1], moment) :]:
+        first = max(0, int((moment - begin) // step))
+        opens = begin + step * np.arange(first, min(first + count + 2, -((begin - end) // step)))
+        labels = np.minimum(opens + step, end) if right else opens
+        found.append(labels[labels > moment][:count])
+        count -= len(found[-1])
+        if not count:
+            break
+    return np.concatenate(found)
 
 
 def _to_utc(local: np.ndarray, offset: timedelta | None, zone: str) -> np.ndarray:

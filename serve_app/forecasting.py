@@ -84,7 +84,7 @@ class Forecasting:
             read = formats.readers[body_kind(request, tuple(formats.readers))]
             raw = await read_body(request, int(self.limits.max_request_mb * 2**20), self.limits.body_timeout_s)
             record.request_size_bytes = len(raw)
-            asked = await _aside(len(raw), read, raw)
+            asked = await _aside(_is_slow_to_read(raw), read, raw)
             if media_type == ARROW:
                 _require_table(asked)
             self._record_input(record, asked)
@@ -225,15 +225,21 @@ class _Work:
         warning = joined_warnings(service.backend.device_warning, done.device.device_warning, *answered.warnings)
         if warning is not None:
             service.metrics.fallbacks.inc()
-        return await _aside(_written_bytes(self.asked), self.write, self.asked, answered, warning)
+        return await _aside(_written_bytes(self.asked) > SMALL_BYTES, self.write, self.asked, answered, warning)
 
 
-async def _aside(size: int, work: Callable[..., T], *args: Any) -> T:
-    """work(*args), in a thread if it concerns many bytes: a large body must not keep the other requests waiting.
+async def _aside(slow: bool, work: Callable[..., T], *args: Any) -> T:
+    """work(*args), in a thread if it is slow: it must not keep the other requests waiting.
 
-    A small one is done sooner than a thread of a busy process takes it up (≈1 ms of 6 per request saved).
+    What is not is done sooner than a thread of a busy process takes it up (≈1 ms of 6 per request saved).
     """
-    return work(*args) if size <= SMALL_BYTES else await asyncio.to_thread(work, *args)
+    return await asyncio.to_thread(work, *args) if slow else work(*args)
+
+
+def _is_slow_to_read(raw: bytes) -> bool:
+    """True for a large body, and for one that may name a calendar: the first use of each takes up to 4 s."""
+    # The key may be written with an escape.
+    return len(raw) > SMALL_BYTES or b"calendar" in raw or b"\\u" in raw
 
 
 def _written_bytes(asked: Asked) -> int:

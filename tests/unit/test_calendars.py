@@ -1,5 +1,7 @@
 """Future bar times: inferred, by calendar, or refused with the remedy."""
 
+import tracemalloc
+
 import exchange_calendars
 import numpy as np
 import pandas as pd
@@ -146,6 +148,30 @@ def test_a_calendar_that_its_package_cannot_compute_is_a_refusal(monkeypatch):
 
     monkeypatch.setattr(exchange_calendars, "get_calendar", broken)
     assert refused(["1999-01-04", "1999-01-05"], calendar="XLIS") == ("calendar", "calendar_unavailable")
+
+
+def test_labels_are_counted_and_not_listed():
+    """A request of two bars, decades apart and a second long, would otherwise take all memory and minutes."""
+    history = ["2016-01-04T15:00:00Z", "2024-06-17T15:00:00Z", "2024-06-17T15:00:01Z"]
+    expected = ["2024-06-17T15:00:02Z", "2024-06-17T15:00:31Z"]
+    assert follow(history, 2, "1s", "XNYS")[:1] == expected[:1]
+    tracemalloc.start()
+    following = follow(history, 30, "1s", "XNYS")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [following[0], following[-1]] == expected
+    assert peak < 8 * 2**20
+
+
+def test_a_calendar_is_computed_once_whatever_years_are_asked_for(monkeypatch):
+    assert follow(["2024-07-02", "2024-07-03"], 1, calendar="XWBO") == ["2024-07-04"]
+
+    def again(name, **options):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(exchange_calendars, "get_calendar", again)
+    for year in range(2000, 2024):
+        assert len(follow([f"{year}-07-01", f"{year}-07-02"], 500, calendar="XWBO")) == 500
 
 
 def test_real_candles(bars):
