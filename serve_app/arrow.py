@@ -31,6 +31,8 @@ SERIES_ID, TIMESTAMP = "series_id", "timestamp"
 KINDS = ("mean", "quantile", "path")
 _REQUIRED = (TIMESTAMP, *COLUMNS[:4])
 _KNOWN = (SERIES_ID, TIMESTAMP, *COLUMNS)
+_LONGEST_VIEW = 256
+"""Bytes. Ids have at most 64 characters, timestamps 40."""
 
 
 def forecast_body(raw: bytes, limits: Limits) -> dict[str, Any]:
@@ -66,11 +68,29 @@ def _read(raw: bytes) -> pa.Table:
             _check_schema(reader.schema)
             batches = list(reader)
             for batch in batches:
+                _check_views(batch)
                 # Offsets that point outside their buffers are found here, before anything follows them.
                 batch.validate(full=True)
             return pa.Table.from_batches(batches, reader.schema).combine_chunks()
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError):
         raise malformed("pyarrow cannot read it") from None
+
+
+def _check_views(batch: pa.RecordBatch) -> None:
+    """Raises ServiceError malformed_arrow for a view of a long text.
+
+    A view takes 16 bytes whatever it shows: a million of them on one text of megabytes would be read, and kept, one by
+    one. So their lengths come before the full validation, which reads the texts.
+    """
+    batch.validate()
+    for column in batch.columns:
+        values = column.dictionary if isinstance(column, pa.DictionaryArray) else column
+        if pa.types.is_string_view(values.type) and len(values):
+            # The first of the four numbers of each view is its length; that of a null means nothing.
+            views = np.frombuffer(values.buffers()[1], np.int32)[: 4 * (values.offset + len(values))]
+            lengths = views[4 * values.offset :: 4][values.is_valid().to_numpy(zero_copy_only=False)]
+            if ((lengths < 0) | (lengths > _LONGEST_VIEW)).any():
+                raise malformed(f"a text is over {_LONGEST_VIEW} bytes")
 
 
 def _check_schema(schema: pa.Schema) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from datetime import datetime
 
 import numpy as np
@@ -342,6 +343,27 @@ def test_one_long_name_behind_many_rows_costs_nothing(make_http, table):
     )
     response = make_http().post("/v1/forecast", raw=written(bomb), headers={"content-type": ARROW})
     assert_field(response, ("series", 0, "id"), "too_long")
+
+
+@pytest.mark.parametrize("place", ["series_id", "timestamp", "dictionary"])
+def test_many_views_of_one_long_text_are_not_read(make_http, place):
+    rows = 200_000
+    view = struct.pack("<i4sii", 2**20, b"xxxx", 0, 0)
+    views = pa.Array.from_buffers(pa.string_view(), rows, [None, pa.py_buffer(view * rows), pa.py_buffer(b"x" * 2**20)])
+    columns = {
+        "series_id": pa.array(["a"] * rows),
+        "timestamp": pa.array(np.arange(rows), pa.timestamp("s")),
+        **dict.fromkeys(COLUMNS[:4], pa.array(np.ones(rows))),
+    }
+    if place == "dictionary":
+        columns["series_id"] = pa.DictionaryArray.from_arrays(pa.array(np.arange(rows, dtype=np.int32)), views)
+    else:
+        columns[place] = views
+    raw = written(pa.table(columns))
+    assert len(raw) < 2**24
+    started = time.monotonic()
+    assert_malformed(make_http().post("/v1/forecast", raw=raw, headers={"content-type": ARROW}))
+    assert time.monotonic() - started < 5
 
 
 def test_damaged_streams(send, table):
