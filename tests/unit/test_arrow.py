@@ -345,6 +345,21 @@ def test_one_long_name_behind_many_rows_costs_nothing(make_http, table):
     assert_field(response, ("series", 0, "id"), "too_long")
 
 
+def test_dictionaries_that_grow_are_refused_and_whole_ones_are_not(send, table):
+    """After each of 50,000 deltas, which fit into a body, pyarrow would hold one more copy of the whole dictionary."""
+    batches = [
+        table.slice(row, 1).set_column(0, "series_id", pa.DictionaryArray.from_arrays(pa.array([row]), pa.array(names)))
+        for row, names in ((0, ["b"]), (1, ["b", "c"]))
+    ]
+    for deltas, status in ((True, 400), (False, 200)):
+        sink = pa.BufferOutputStream()
+        options = pa.ipc.IpcWriteOptions(emit_dictionary_deltas=deltas)
+        with pa.ipc.new_stream(sink, with_settings(batches[0], freq="1h").schema, options=options) as writer:
+            for batch in batches:
+                writer.write_table(batch)
+        assert send(sink.getvalue().to_pybytes()).status_code == status
+
+
 @pytest.mark.parametrize("place", ["series_id", "timestamp", "dictionary"])
 def test_many_views_of_one_long_text_are_not_read(make_http, place):
     rows = 200_000
