@@ -93,7 +93,9 @@ def prepare_forecast(request: ForecastRequest, limits: Limits, defaults: Default
         faults += bad
         if item is not None:
             prepared.append(item)
-    return _checked(prepared, faults, ("series",), limits), seed
+    items = _checked(prepared, faults, ("series",), limits)
+    _require_answer_fits(request, items, limits)
+    return items, seed
 
 
 def _forecast_series(
@@ -231,6 +233,20 @@ def _checked(prepared: list[Prepared], faults: list[FieldError], loc: Loc, limit
     if faults:
         raise invalid_fields(faults[: MAX_FIELD_ERRORS + 1])
     return prepared
+
+
+def _require_answer_fits(request: ForecastRequest, items: Sequence[Prepared], limits: Limits) -> None:
+    """Raises ServiceError. A few kilobytes may ask for hundreds of megabytes: many quantiles of many short series."""
+    tables = 1 + len(request.quantiles)
+    rows = sum(
+        (tables + item.task.sampling.samples * request.return_paths) * item.task.series.horizon for item in items
+    )
+    if rows > limits.max_answer_rows:
+        text = (
+            f"the answer would have {rows} rows (mean, quantiles and paths × horizon, summed over the series), over "
+            f"the limit of {limits.max_answer_rows}: ask for fewer quantiles, or in several requests"
+        )
+        raise invalid_fields([FieldError(("series",), "cost_over_limit", text)])
 
 
 def _place(loc: Loc, series: ForecastSeries, field: str) -> Loc:

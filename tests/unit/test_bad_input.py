@@ -182,6 +182,22 @@ def test_the_cost_of_a_batch_of_one_is_that_of_its_items(make_http, candle_items
     assert response.json()["error"]["fields"][0]["loc"] == ["items"]
 
 
+def test_an_answer_of_too_many_rows_is_refused_before_it_is_computed(make_http, fake_backend, columns):
+    backend = fake_backend()
+    http = make_http(backend, limits={"max_answer_rows": 20})
+    body = {"series": [columns(), columns()], "horizon": 2, "samples": 3, "quantiles": [0.1, 0.5, 0.9, 1]}
+    assert http.post("/v1/forecast", body).status_code == 200
+    for more in (
+        {"quantiles": [0.1, 0.5, 0.6, 0.9, 1]},
+        {"return_paths": True},
+        {"return_paths": True, "stream": True},
+    ):
+        response = http.post("/v1/forecast", {**body, **more})
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "cost_over_limit")
+        assert "quantiles" in response.json()["error"]["fields"][0]["message"]
+    assert len(backend.jobs) == 1
+
+
 def test_horizon_by_number_over_the_limit(http, columns):
     response = http.post("/v1/forecast", {"series": [columns()], "horizon": 513})
     assert_field(response, ("horizon",), "horizon_over_limit")
