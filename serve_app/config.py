@@ -287,7 +287,7 @@ class AppConfig(Strict):
     auth: AuthConfig = AuthConfig()
     defaults: Defaults = Defaults()
     clip: float = Field(default=5.0, gt=0)
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
 
     @model_validator(mode="after")
     def _consistent(self) -> AppConfig:

@@ -141,6 +141,11 @@ def test_each_variable_works(name, value, read):
     assert override(**{name: " "}) == (AppConfig(), [])
 
 
+def test_every_level_of_logging_may_be_set():
+    for level in ("debug", "info", "warning", "error", "critical"):
+        assert override(LOG_LEVEL=level)[0].log_level == level.upper()
+
+
 def test_every_variable_is_tested():
     tested = {row[0] for row in test_each_variable_works.pytestmark[0].args[1]}
     assert {f"KRONOS_{name}" for name in tested} == set(KNOWN)
