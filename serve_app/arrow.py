@@ -185,7 +185,7 @@ def _groups(table: pa.Table, limits: Limits) -> list[tuple[str | None, np.ndarra
     used, first = np.unique(codes, return_index=True)
     if any(names[code] is None for code in used.tolist()) or len({names[code] for code in used.tolist()}) != len(used):
         raise malformed("the dictionary of series_id holds a null, or a value twice")
-    require_count(("series",), len(used), limits)
+    require_count(("series",), len(used), limits.max_series, "series")
     by_code = np.argsort(codes, kind="stable")
     rows = np.split(by_code, np.flatnonzero(np.diff(codes[by_code])) + 1)
     order = np.argsort(first, kind="stable").tolist()

@@ -46,7 +46,6 @@ def prepare_predictions(
     items: Sequence[tuple[Loc, PredictRequest]], limits: Limits, defaults: Defaults
 ) -> list[Prepared]:
     """Items of /v1/predict with their places in the body. Raises ServiceError with all field errors found."""
-    require_count(("items",), len(items), limits)
     faults: list[FieldError] = []
     prepared = []
     for loc, item in items:
@@ -80,10 +79,7 @@ def prepare_predictions(
 
 def prepare_forecast(request: ForecastRequest, limits: Limits, defaults: Defaults) -> tuple[list[Prepared], int]:
     """The series of /v1/forecast, and the request's seed. Raises ServiceError with all field errors found."""
-    require_count(("series",), len(request.series), limits)
     faults: list[FieldError] = []
-    if len(request.quantiles) > limits.max_quantiles:
-        faults.append(FieldError(("quantiles",), "too_many", f"at most {limits.max_quantiles} quantiles"))
     if request.repair not in ("off", "ohlc"):
         faults.append(FieldError(("repair",), "unknown_value", 'must be "off" or "ohlc"'))
     seed = secrets.randbelow(SEED_SPACE) if request.seed is None else request.seed
@@ -198,10 +194,10 @@ def _task(
     return Task(series, sampling, window, calibrate)
 
 
-def require_count(loc: Loc, count: int, limits: Limits) -> None:
-    """Raises ServiceError if there are more series than one request may hold."""
-    if count > limits.max_series:
-        raise invalid_fields([FieldError(loc, "too_many", f"at most {limits.max_series} series per request")])
+def require_count(loc: Loc, count: int, most: int, what: str) -> None:
+    """Raises ServiceError if there is more of something than one request may hold."""
+    if count > most:
+        raise invalid_fields([FieldError(loc, "too_many", f"at most {most} {what} per request")])
 
 
 def _length_faults(loc: Loc, times: Times, columns: dict[str, np.ndarray], limits: Limits) -> list[FieldError]:

@@ -1,6 +1,7 @@
 """Each bad input of the HTTP interface is its own named field error, in single, batch, forecast and stream alike."""
 
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -305,6 +306,37 @@ def test_an_integer_with_too_many_digits_is_a_field_error(http, columns):
     assert_field(response, ("series", 0, "open", 7), "not_finite")
     # Integers beside it, of the usual size, are no mistakes.
     assert {fault["loc"][0] for fault in response.json()["error"]["fields"]} == {"series"}
+
+
+MANY = 50_000
+
+
+@pytest.mark.parametrize(
+    ("path", "raw", "loc", "code"),
+    [
+        ("/v1/predict/batch", '{"items": [' + ",".join(["{}"] * MANY) + "]}", ["items"], "too_many"),
+        ("/v1/forecast", '{"series": [' + ",".join(["1"] * MANY) + "]}", ["series"], "too_many"),
+        ("/v1/forecast", '{"quantiles": [' + ",".join(["2"] * MANY) + "]}", ["quantiles"], "too_many"),
+        ("/v1/forecast", "{" + ",".join(f'"{i}": 1' for i in range(MANY)) + "}", ["0"], "unknown_field"),
+        (
+            "/v1/predict/single",
+            '{"overrides": {' + ",".join(f'"{i}": 1' for i in range(MANY)) + "}}",
+            ["overrides", "0"],
+            "unknown_field",
+        ),
+    ],
+)
+def test_a_great_many_mistakes_take_no_memory(http, path, raw, loc, code):
+    """Of every byte of such a body, an error for each entry would make a kilobyte."""
+    tracemalloc.start()
+    response = http.post(path, raw=raw.encode())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    fields = response.json()["error"]["fields"]
+    assert response.status_code == 422
+    assert (loc, code) in [(field["loc"], field["code"]) for field in fields]
+    assert len(fields) <= 20
+    assert peak < 50 * len(raw)
 
 
 def test_answers_echo_little_of_the_input(http, columns):
