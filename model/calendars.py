@@ -18,6 +18,7 @@ from model.errors import clip_text
 
 ALWAYS_OPEN = "24/7"
 DAY = np.timedelta64(1, "D").astype("timedelta64[us]")
+HOUR = np.timedelta64(1, "h").astype("timedelta64[us]")
 _UNITS = {"s": 1, "sec": 1, "min": 60, "t": 60, "h": 3600, "d": 86400, "day": 86400, "w": 604800, "week": 604800}
 _FREQ = re.compile(r"(\d{0,4})\s*([a-z]+)")
 _SESSIONS_A_YEAR = 200
@@ -89,6 +90,9 @@ def _infer_step(local: np.ndarray, *, gaps_allowed: bool) -> np.timedelta64:
     if not gaps_allowed:
         text = "the history has gaps, so that the next bars cannot be told: give calendar (such as XNYS, XSHG or 24/7)"
         raise CalendarError("freq", "freq_ambiguous", text)
+    days = np.rint(steps / DAY)
+    if step == DAY and (days >= 1).all() and (np.abs(steps - days * DAY) <= HOUR).all():
+        return step  # in UTC, the day of an exchange is an hour longer or shorter when its clocks change
     if step != sizes[0] or counts.max() * 2 <= len(steps):
         text = "the history's bars are unevenly spaced: give freq"
         raise CalendarError("freq", "freq_ambiguous", text)

@@ -125,6 +125,17 @@ def test_days_with_an_offset_are_the_exchanges(name, zone, clock, weekend, expec
     assert followed == [pd.Timestamp(text) for text in expected]
 
 
+def test_days_in_utc_over_a_change_of_the_clocks_need_no_freq():
+    days = exchange_calendars.get_calendar("XNYS").sessions_in_range("2024-03-01", "2024-03-15")
+    moments = [day.tz_localize("America/New_York").tz_convert("UTC") for day in days]
+    history = [f"{moment:%Y-%m-%dT%H:%M:%SZ}" for moment in moments]
+    assert {text[11:16] for text in history} == {"04:00", "05:00"}
+    assert follow(history, 2, calendar="XNYS") == ["2024-03-18T04:00:00Z", "2024-03-19T04:00:00Z"]
+    assert refused(history) == ("freq", "freq_ambiguous")
+    twice_a_day = ["2024-03-04T05:00:00Z", "2024-03-05T05:00:00Z", "2024-03-06T05:00:00Z", "2024-03-06T06:00:00Z"]
+    assert refused(twice_a_day, calendar="XNYS") == ("freq", "freq_ambiguous")
+
+
 def test_refusals_of_calendars():
     hours = [f"2024-06-18T{hour:02d}:00:00" for hour in range(6)]
     assert refused(hours, calendar="XNYS") == ("calendar", "not_on_calendar")
