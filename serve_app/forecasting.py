@@ -243,8 +243,10 @@ def _is_slow_to_read(raw: bytes) -> bool:
 
 
 def _written_bytes(asked: Asked) -> int:
-    """About how large what an answer is made from is: every sampled number, in float64."""
-    return sum(item.task.sampling.samples * item.task.series.horizon * len(COLUMNS) * 8 for item in asked.items)
+    """About how large an answer is, and what it is made from: every number of paths, mean and quantiles, in float64."""
+    tables = 1 + len(getattr(asked.body, "quantiles", ()))
+    rows = sum((tables + item.task.sampling.samples) * item.task.series.horizon for item in asked.items)
+    return rows * len(COLUMNS) * 8
 
 
 def encode(answer: Any) -> bytes:

@@ -11,6 +11,7 @@ import pytest
 
 from model import calendars
 from model.calendars import CalendarError
+from serve_app import ingress
 from serve_app.config import AppConfig
 from serve_app.errors import ServiceError
 from serve_app.ingress import create_app
@@ -108,6 +109,22 @@ def test_a_calendar_that_is_slow_to_compute_keeps_nobody_waiting(monkeypatch, fa
             return await waiting
 
     assert asyncio.run(go()).status_code == 422
+
+
+@pytest.mark.parametrize(("quantiles", "aside"), [(2, False), (32, True)])
+def test_an_answer_of_many_quantiles_is_written_beside_the_event_loop(
+    monkeypatch, make_http, columns, quantiles, aside
+):
+    threads = []
+
+    def write(*args):
+        threads.append(threading.current_thread())
+        return b"{}"
+
+    monkeypatch.setattr(ingress, "_write_forecast", write)
+    body = {"series": [columns()], "horizon": 256, "quantiles": [level / 32 for level in range(quantiles)]}
+    assert make_http().post("/v1/forecast", body).status_code == 200
+    assert [thread is not threading.main_thread() for thread in threads] == [aside]
 
 
 def test_limits_are_published(http):
