@@ -19,6 +19,8 @@ _SCHEMA, _DICTIONARY, _RECORDS = 1, 2, 3
 
 def check_frames(raw: bytes, max_rows: int) -> None:
     """Raises ServiceError malformed_arrow: no stream; compression, deltas, extension types, over max_rows rows."""
+    if raw.startswith(b"ARROW1"):
+        raise malformed("it is a file (Feather); write the stream format instead")
     rows = 0
     try:
         for index, metadata in enumerate(_messages(raw)):

@@ -381,6 +381,15 @@ def test_many_views_of_one_long_text_are_not_read(make_http, place):
     assert time.monotonic() - started < 5
 
 
+def test_a_feather_file_is_told_from_a_stream(send, table):
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    response = send(sink.getvalue().to_pybytes())
+    assert_malformed(response)
+    assert "write the stream format" in response.json()["detail"]
+
+
 def test_damaged_streams(send, table):
     raw = written(table)
     for bad in (b"", b"{}", raw[:3], raw[:11], raw[:100], raw[: len(raw) // 2], raw[8:], b"\xff" * 64, raw[:8] * 9):
