@@ -18,12 +18,15 @@ from model.errors import clip_text
 
 ALWAYS_OPEN = "24/7"
 DAY = np.timedelta64(1, "D").astype("timedelta64[us]")
+HOUR = np.timedelta64(1, "h").astype("timedelta64[us]")
 _UNITS = {"s": 1, "sec": 1, "min": 60, "t": 60, "h": 3600, "d": 86400, "day": 86400, "w": 604800, "week": 604800}
 _FREQ = re.compile(r"(\d{0,4})\s*([a-z]+)")
 _SESSIONS_A_YEAR = 200
 """At least, on any exchange."""
-_LAST_YEAR = 2204
-"""Of any schedule; pandas ends in 2262."""
+_WINDOWS = ((1995, 2040), (1900, 2204))
+"""Years of a schedule, of which the first window that holds a history is computed: once, whatever years are asked for.
+
+All of them take 10 MB and more for one exchange; pandas ends in 2262."""
 _CHECKED_BARS = 1000
 _FIT_SHARE = 0.9
 """Share of the history's bars that must lie on the calendar's grid: vendors have the odd auction bar beside it."""
@@ -53,7 +56,7 @@ def future_times(
     """The horizon bar times after a history's, datetime64[us] on the history's wall clock.
 
     local: datetime64[us] [T], the history's times on its wall clock, rising. offset: of that clock from UTC; None if it
-    is not told, which an intraday calendar reads as the exchange's own time.
+    is not told, which a calendar reads as the exchange's own time.
     freq: a bar size as parse_freq reads it; None infers it from the history.
     calendar: an exchange_calendars name, "24/7", or None: every step of freq is a bar.
     Raises CalendarError.
@@ -66,7 +69,7 @@ def future_times(
         if step < DAY:
             future = _intraday(local, offset, horizon, step, calendar)
         elif step == DAY:
-            future = _daily(local, horizon, calendar)
+            future = _daily(local, offset, horizon, calendar)
         else:
             text = "bars of more than a day do not follow a calendar: leave calendar out"
             raise CalendarError("calendar", "freq_over_a_day", text)
@@ -87,6 +90,9 @@ def _infer_step(local: np.ndarray, *, gaps_allowed: bool) -> np.timedelta64:
     if not gaps_allowed:
         text = "the history has gaps, so that the next bars cannot be told: give calendar (such as XNYS, XSHG or 24/7)"
         raise CalendarError("freq", "freq_ambiguous", text)
+    days = np.rint(steps / DAY)
+    if step == DAY and (days >= 1).all() and (np.abs(steps - days * DAY) <= HOUR).all():
+        return step  # in UTC, the day of an exchange is an hour longer or shorter when its clocks change
     if step != sizes[0] or counts.max() * 2 <= len(steps):
         text = "the history's bars are unevenly spaced: give freq"
         raise CalendarError("freq", "freq_ambiguous", text)
@@ -105,7 +111,7 @@ def require_known(name: str) -> None:
         raise CalendarError("calendar", "unknown_calendar", text)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _sessions(name: str, first_year: int, last_year: int) -> tuple[np.ndarray, np.ndarray, str]:
     """(dates datetime64[D] [N], opens and closes datetime64[us] UTC [N, parts, 2], time zone).
 
@@ -152,39 +158,64 @@ def _calendar(local: np.ndarray, name: str, horizon: int) -> tuple[np.ndarray, n
     first, last = (int(str(moment)[:4]) for moment in (local[max(0, len(local) - _CHECKED_BARS)], local[-1]))
     if not 1900 <= first <= last <= 2200:
         raise CalendarError("calendar", "calendar_out_of_range", "calendars cover 1900 to 2200")
-    return _sessions(name, first - 1, min(last + 2 + horizon // _SESSIONS_A_YEAR, _LAST_YEAR))
+    first, last = first - 1, last + 2 + horizon // _SESSIONS_A_YEAR
+    window = next((years for years in _WINDOWS if years[0] <= first and last <= years[1]), _WINDOWS[-1])
+    return _sessions(name, *window)
 
 
-def _daily(local: np.ndarray, horizon: int, name: str) -> np.ndarray:
-    dates, _, _ = _calendar(local, name, horizon)
-    day = local[-1].astype("datetime64[D]")
+def _daily(local: np.ndarray, offset: timedelta | None, horizon: int, name: str) -> np.ndarray:
+    dates, _, zone = _calendar(local, name, horizon)
+    clock, there = local, False
+    if offset is not None:
+        exchange = _to_local(local[-_CHECKED_BARS:] - np.timedelta64(offset), None, zone)
+        there = _named_on_the_exchange(local[-_CHECKED_BARS:], exchange, dates)
+        clock = exchange if there else local
+    day = clock[-1].astype("datetime64[D]")
     if day < dates[0]:
         text = f"this calendar begins with {dates[0]}, after the history: leave calendar out, or give future_timestamps"
         raise CalendarError("calendar", "calendar_out_of_range", text)
     following = dates[dates > day][:horizon]
     _require_enough(following, horizon)
-    return following.astype("datetime64[us]") + (local[-1] - day.astype("datetime64[us]"))
+    future = following.astype("datetime64[us]") + (clock[-1] - day.astype("datetime64[us]"))
+    if there:
+        # A time that the clocks skip that day is read as the first one after it, a repeated one as the earlier.
+        index = pd.DatetimeIndex(future).tz_localize(
+            zone, ambiguous=np.ones(horizon, bool), nonexistent="shift_forward"
+        )
+        utc = index.tz_convert("UTC").tz_localize(None).to_numpy().astype("datetime64[us]")
+        return _to_local(utc, offset, zone)
+    return future
+
+
+def _named_on_the_exchange(local: np.ndarray, exchange: np.ndarray, dates: np.ndarray) -> bool:
+    """Whether days are dated by the exchange's clock rather than by the one they are written in.
+
+    Midnight in Tokyo is 15:00 of the day before in UTC; midnight in UTC is 20:00 of the day before in New York. The
+    sessions tell which of the two is meant; where both fit, a midnight is a date and any other time a moment.
+    """
+    written, meant = (np.isin(clock.astype("datetime64[D]"), dates).mean() for clock in (local, exchange))
+    if written != meant:
+        return bool(meant > written)
+    return bool(local[-1] != local[-1].astype("datetime64[D]"))
 
 
 def _intraday(local: np.ndarray, offset: timedelta | None, horizon: int, step: np.timedelta64, name: str) -> np.ndarray:
     """Bars are labelled by their open or by their close: whichever the history shows."""
     _, hours, zone = _calendar(local, name, horizon)
+    parts = hours.reshape(-1, 2)
+    parts = parts[~np.isnat(parts).any(axis=1)]
     utc = _to_utc(local[-_CHECKED_BARS:], offset, zone)
-    around = hours[(hours[:, 0, 0] > utc[0] - 7 * DAY)]
-    # Enough for the horizon even if a session had a single bar, and for what lies between.
-    around = around[: int((around[:, 0, 0] <= utc[-1]).sum()) + horizon + 1]
-    grids = [_grid(around, step, right) for right in (False, True)]
-    fits = [np.isin(utc, grid) for grid in grids]
+    fits = [_on_grid(utc, parts, step, right) for right in (False, True)]
     shares = [fit.mean() if fit[-1] else 0.0 for fit in fits]
     # The labels inside a session are the same; its first and last bar tell the two conventions apart.
-    best = [grid for grid, share in zip(grids, shares, strict=True) if share == max(shares) >= _FIT_SHARE]
-    futures = [grid[grid > utc[-1]][:horizon] for grid in best]
+    best = [right for right, share in zip((False, True), shares, strict=True) if share == max(shares) >= _FIT_SHARE]
+    futures = [_labels_after(utc[-1], parts, step, right, horizon) for right in best]
     if not futures:
         text = "the history's bars do not fit this calendar's sessions and bar size: check both"
         raise CalendarError("calendar", "not_on_calendar", text)
     for future in futures:
         _require_enough(future, horizon)
-    if len(futures) == 2 and not np.array_equal(*futures):
+    if len(futures) == 2 and not np.array_equal(futures[0], futures[1]):
         text = (
             "the history does not show whether a bar is named by its open or its close: "
             "send the first or last bar of a session as well"
@@ -193,16 +224,34 @@ def _intraday(local: np.ndarray, offset: timedelta | None, horizon: int, step: n
     return _to_local(futures[0], offset, zone)
 
 
-def _grid(hours: np.ndarray, step: np.timedelta64, right: bool) -> np.ndarray:
-    """Bar labels of sessions [N, parts, 2], in order: opens of the bars, or (right) their closes."""
-    labels = []
-    for begin, end in hours.reshape(-1, 2):
-        if np.isnat(begin) or np.isnat(end):
-            continue
-        opens = np.arange(begin, end, step)
-        # The last bar of a session may be cut short.
-        labels.append(np.minimum(opens + step, end) if right else opens)
-    return np.concatenate(labels) if labels else np.empty(0, "datetime64[us]")
+# The labels of bars are the opens of the bars or (right) their closes, the last of which may be cut short. They are
+# counted, never listed: ten weeks of sessions have a million seconds. parts: datetime64[us] UTC [N, 2], in order.
+
+
+def _on_grid(utc: np.ndarray, parts: np.ndarray, step: np.timedelta64, right: bool) -> np.ndarray:
+    """bool [T]: which times are labels."""
+    place = np.searchsorted(parts[:, 0], utc, side="left" if right else "right") - 1
+    begin, end = parts[np.maximum(place, 0)].T
+    whole = (utc - begin) % step == np.timedelta64(0)
+    inside = (utc <= end) & (whole | (utc == end)) if right else (utc < end) & whole
+    fits: np.ndarray = (place >= 0) & inside
+    return fits
+
+
+def _labels_after(
+    moment: np.datetime64, parts: np.ndarray, step: np.timedelta64, right: bool, count: int
+) -> np.ndarray:
+    """The next `count` labels, or as many as there are; datetime64[us]."""
+    found = [np.empty(0, "datetime64[us]")]
+    for begin, end in parts[np.searchsorted(parts[:, 1], moment) :]:
+        first = max(0, int((moment - begin) // step))
+        opens = begin + step * np.arange(first, min(first + count + 2, -((begin - end) // step)))
+        labels = np.minimum(opens + step, end) if right else opens
+        found.append(labels[labels > moment][:count])
+        count -= len(found[-1])
+        if not count:
+            break
+    return np.concatenate(found)
 
 
 def _to_utc(local: np.ndarray, offset: timedelta | None, zone: str) -> np.ndarray:

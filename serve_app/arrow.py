@@ -31,6 +31,8 @@ SERIES_ID, TIMESTAMP = "series_id", "timestamp"
 KINDS = ("mean", "quantile", "path")
 _REQUIRED = (TIMESTAMP, *COLUMNS[:4])
 _KNOWN = (SERIES_ID, TIMESTAMP, *COLUMNS)
+_LONGEST_VIEW = 256
+"""Bytes. Ids have at most 64 characters, timestamps 40."""
 
 
 def forecast_body(raw: bytes, limits: Limits) -> dict[str, Any]:
@@ -66,11 +68,29 @@ def _read(raw: bytes) -> pa.Table:
             _check_schema(reader.schema)
             batches = list(reader)
             for batch in batches:
+                _check_views(batch)
                 # Offsets that point outside their buffers are found here, before anything follows them.
                 batch.validate(full=True)
             return pa.Table.from_batches(batches, reader.schema).combine_chunks()
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError):
         raise malformed("pyarrow cannot read it") from None
+
+
+def _check_views(batch: pa.RecordBatch) -> None:
+    """Raises ServiceError malformed_arrow for a view of a long text.
+
+    A view takes 16 bytes whatever it shows: a million of them on one text of megabytes would be read, and kept, one by
+    one. So their lengths come before the full validation, which reads the texts.
+    """
+    batch.validate()
+    for column in batch.columns:
+        values = column.dictionary if isinstance(column, pa.DictionaryArray) else column
+        if pa.types.is_string_view(values.type) and len(values):
+            # The first of the four numbers of each view is its length; that of a null means nothing.
+            views = np.frombuffer(values.buffers()[1], np.int32)[: 4 * (values.offset + len(values))]
+            lengths = views[4 * values.offset :: 4][values.is_valid().to_numpy(zero_copy_only=False)]
+            if ((lengths < 0) | (lengths > _LONGEST_VIEW)).any():
+                raise malformed(f"a text is over {_LONGEST_VIEW} bytes")
 
 
 def _check_schema(schema: pa.Schema) -> None:
@@ -93,7 +113,8 @@ def _check_schema(schema: pa.Schema) -> None:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    # Polars writes views.
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _is_label(kind: pa.DataType) -> bool:
@@ -108,10 +129,19 @@ def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_float32(kind) or pa.types.is_float64(kind) or pa.types.is_integer(kind)
 
 
+def _is_number_or_absent(kind: pa.DataType) -> bool:
+    # pandas and Polars give a column that holds nothing but nulls a type of its own.
+    return _is_number(kind) or pa.types.is_null(kind)
+
+
+_NUMBER = ("not_a_number", "must be a column of float64, float32 or integers")
+
+
 _KINDS = {
     SERIES_ID: (_is_label, "not_a_string", "must be a column of strings"),
     TIMESTAMP: (_is_time, "not_a_time", "must be a column of timestamps, dates or ISO 8601 strings"),
-    **dict.fromkeys(COLUMNS, (_is_number, "not_a_number", "must be a column of float64, float32 or integers")),
+    **dict.fromkeys(COLUMNS[:4], (_is_number, *_NUMBER)),
+    **dict.fromkeys(COLUMNS[4:], (_is_number_or_absent, *_NUMBER)),
 }
 
 
@@ -155,7 +185,7 @@ def _groups(table: pa.Table, limits: Limits) -> list[tuple[str | None, np.ndarra
     used, first = np.unique(codes, return_index=True)
     if any(names[code] is None for code in used.tolist()) or len({names[code] for code in used.tolist()}) != len(used):
         raise malformed("the dictionary of series_id holds a null, or a value twice")
-    require_count(("series",), len(used), limits)
+    require_count(("series",), len(used), limits.max_series, "series")
     by_code = np.argsort(codes, kind="stable")
     rows = np.split(by_code, np.flatnonzero(np.diff(codes[by_code])) + 1)
     order = np.argsort(first, kind="stable").tolist()

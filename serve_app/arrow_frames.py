@@ -1,7 +1,8 @@
 """The outside of an Arrow IPC stream, read by hand before pyarrow sees it.
 
-pyarrow would decompress a small body into any size, and hand extension types to whoever registered them in the process:
-Ray Data's may unpickle. So a stream is let through only if it has neither, and no more rows than allowed.
+pyarrow would decompress a small body into any size, make a whole new dictionary of each of many deltas, and hand
+extension types to whoever registered them in the process: Ray Data's may unpickle. So a stream is let through only if
+it has none of these, and no more rows than allowed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ _SCHEMA, _DICTIONARY, _RECORDS = 1, 2, 3
 
 
 def check_frames(raw: bytes, max_rows: int) -> None:
-    """Raises ServiceError malformed_arrow: not a stream, compressed, extension types, more than max_rows rows."""
+    """Raises ServiceError malformed_arrow: no stream; compression, deltas, extension types, over max_rows rows."""
+    if raw.startswith(b"ARROW1"):
+        raise malformed("it is a file (Feather); write the stream format instead")
     rows = 0
     try:
         for index, metadata in enumerate(_messages(raw)):
@@ -29,6 +32,8 @@ def check_frames(raw: bytes, max_rows: int) -> None:
             if kind == _SCHEMA and b"ARROW:extension" in metadata:
                 raise malformed("extension types are not read: send plain columns")
             if kind == _DICTIONARY:
+                if header.unsigned(2, "B"):
+                    raise malformed("write whole dictionaries, not deltas")
                 header = header.table(1)
             elif kind == _RECORDS:
                 rows += header.unsigned(0, "Q")

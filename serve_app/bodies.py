@@ -99,5 +99,12 @@ def _loads(text: str) -> Any:
     except (json.JSONDecodeError, _DuplicateKeyError):
         raise
     except ValueError:
-        # An integer with more digits than Python converts. As a float it is infinite, which the schemas refuse.
-        return json.loads(text, parse_int=float, object_pairs_hook=_unique)
+        return json.loads(text, parse_int=_integer, object_pairs_hook=_unique)
+
+
+def _integer(digits: str) -> int | float:
+    """An integer; infinite, which the schemas refuse, with more digits than Python converts."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)

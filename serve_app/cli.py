@@ -21,7 +21,7 @@ from serve_app.config import AppConfig, AuthConfig, nearest
 from serve_app.environment import EnvironmentVariableError
 from serve_app.keys import PREDICT, SCOPES, KeyFileError, new_key
 from serve_app.live_config import InvalidUserConfigError, LiveConfig
-from serve_app.reconfigure import RestartNeededError, reconfigure
+from serve_app.reconfigure import reconfigure
 
 BUILDER = "serve_app.app:build_app"
 
@@ -38,7 +38,7 @@ def check_config(path: str, environ: Mapping[str, str]) -> tuple[list[str], list
             data = yaml.safe_load(file)
     except OSError as error:
         return [f"{path}: {error.strerror}"], []
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         return [f"{path} is not YAML: {error}"], []
     if not isinstance(data, dict):
         return [f"{path} does not hold a mapping"], []
@@ -49,6 +49,8 @@ def check_config(path: str, environ: Mapping[str, str]) -> tuple[list[str], list
         host = ServeDeploySchema.model_validate(data).http_options.host
     except ValidationError as error:
         errors += _texts(error, ())
+    except (AttributeError, TypeError):  # Serve's own validators stumble over entries of another shape
+        errors.append("applications: every application, and every one of its deployments, must be a mapping")
     warnings: list[str] = []
     applications = data.get("applications")
     for index, application in enumerate(applications if isinstance(applications, list) else []):
@@ -59,13 +61,20 @@ def check_config(path: str, environ: Mapping[str, str]) -> tuple[list[str], list
             live = LiveConfig(AppConfig.model_validate(application.get("args") or {}), environ)
             warnings += live.warnings
             errors += _auth_errors(live.current.auth, host)
-            for deployment in application.get("deployments") or []:
-                live.update(deployment.get("user_config") or {})
+            for user_config in _user_configs(application):
+                live.update(user_config)
         except ValidationError as error:
             errors += _texts(error, place)
         except (EnvironmentVariableError, InvalidUserConfigError) as error:
             errors.append(str(error))
     return errors, warnings
+
+
+def _user_configs(application: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those of its deployments; what has another shape is an error of Serve's schema."""
+    deployments = application.get("deployments")
+    entries = [entry for entry in deployments if isinstance(entry, dict)] if isinstance(deployments, list) else []
+    return [config for entry in entries if isinstance(config := entry.get("user_config"), dict)]
 
 
 def _auth_errors(auth: AuthConfig, host: str | None) -> list[str]:
@@ -146,7 +155,7 @@ def _reconfigure(options: argparse.Namespace) -> int:
         data = yaml.safe_load(file)
     try:
         lines = reconfigure(options.address, data, BUILDER)
-    except (RestartNeededError, ConnectionError, RuntimeError) as error:
+    except (ValueError, ConnectionError, RuntimeError) as error:  # ValueError: RestartNeededError, or a wrong address
         print(f"error: {error}", file=sys.stderr)
         return 1
     print("\n".join(lines))

@@ -57,7 +57,8 @@ class KronosResponseError(KronosError):
         self.fields: list[dict[str, Any]] = error.get("fields", [])
         retry = headers.get("retry-after", "")
         self.retry_after_s = float(retry) if retry.isdecimal() else None
-        super().__init__(f"{self.status} {self.code}: {error['message']}")
+        place = ".".join(map(str, self.fields[0]["loc"])) if self.fields else ""
+        super().__init__(f"{self.status} {self.code}: {error['message']}" + (f" (at {place})" if place else ""))
 
     @classmethod
     def of(cls, response: httpx.Response) -> Self:
@@ -108,7 +109,8 @@ class KronosClient:
         """POST /v1/forecast.
 
         series: the list of the body; or leave it out and give one series' columns (timestamps, open, high, low, close,
-        volume, amount, future_timestamps) by name. settings: every other field of the body, such as horizon or seed.
+        volume, amount, future_timestamps) by name: lists, arrays or columns of pandas. settings: every other field of
+        the body, such as horizon or seed.
         device: "cpu" or "gpu" to pick a replica group.
         """
         answer: dict[str, Any] = self._post("/v1/forecast", _forecast_body(series, settings), device, request_id)
@@ -126,9 +128,8 @@ class KronosClient:
 
         Arguments as in forecast(). Closing the iterator ends the computing.
         """
-        body = {**_forecast_body(series, settings), "stream": True}
-        headers = _headers(device, request_id)
-        with _Response(self, "POST", "/v1/forecast", whole=False, json=body, headers=headers) as response:
+        request = _json_request({**_forecast_body(series, settings), "stream": True}, device, request_id)
+        with _Response(self, "POST", "/v1/forecast", whole=False, **request) as response:
             for name, data in _events(response):
                 if name == "error":
                     raise KronosResponseError(response.status_code, data["error"], response.headers)
@@ -219,7 +220,7 @@ class KronosClient:
             return False
 
     def _post(self, path: str, body: Any, device: str | None, request_id: str | None) -> Any:
-        with _Response(self, "POST", path, json=body, headers=_headers(device, request_id)) as response:
+        with _Response(self, "POST", path, **_json_request(body, device, request_id)) as response:
             return response.json()
 
     def _get(self, path: str) -> Any:
@@ -302,6 +303,20 @@ def _forecast_body(series: Sequence[Mapping[str, Any]] | None, settings: dict[st
 def _with_seed(settings: dict[str, Any]) -> dict[str, Any]:
     """The seed is drawn here if there is none: a second try has to ask the same question."""
     return settings if settings.get("seed") is not None else {**settings, "seed": secrets.randbelow(2**53)}
+
+
+def _json_request(body: Any, device: str | None, request_id: str | None) -> dict[str, Any]:
+    """What httpx sends. NaN is let through, which httpx would not: the service says at which bar it stands."""
+    content = json.dumps(body, default=_plain).encode()
+    return {"content": content, "headers": {**_headers(device, request_id), "Content-Type": "application/json"}}
+
+
+def _plain(value: Any) -> Any:
+    """Times, and columns and numbers of numpy and pandas, as JSON has them. Raises TypeError for anything else."""
+    for method in ("isoformat", "tolist"):
+        if hasattr(value, method):
+            return getattr(value, method)()
+    raise TypeError(f"{type(value).__name__} is neither a number, a text, a time nor a column of them")
 
 
 def _headers(device: str | None, request_id: str | None) -> dict[str, str]:

@@ -195,6 +195,9 @@ class Limits(Strict):
     max_samples: int = Field(default=512, ge=1)
     max_quantiles: int = Field(default=32, ge=1)
     max_cost: int = Field(default=262_144, ge=1, description="samples × horizon, summed over the series")
+    max_answer_rows: int = Field(
+        default=2_097_152, ge=1, description="(mean + quantiles + paths, if returned) × horizon, summed over the series"
+    )
     max_concurrent: int = Field(
         default=512, ge=1, description="forecast requests in work at once, per ingress process; more are a 429"
     )
@@ -284,7 +287,7 @@ class AppConfig(Strict):
     auth: AuthConfig = AuthConfig()
     defaults: Defaults = Defaults()
     clip: float = Field(default=5.0, gt=0)
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
 
     @model_validator(mode="after")
     def _consistent(self) -> AppConfig:

@@ -143,8 +143,10 @@ def value_errors(faults: Iterable[FieldError]) -> ValidationError:
     return ValidationError.from_exception_data("request", details)
 
 
+UNKNOWN_FIELD = ("unknown_field", "unknown field; see /docs for the fields of this object")
+
 _PYDANTIC_CODES = {
-    "extra_forbidden": ("unknown_field", "unknown field; see /docs for the fields of this object"),
+    "extra_forbidden": UNKNOWN_FIELD,
     "missing": ("missing", "this field is required"),
     "finite_number": ("not_finite", "must be a finite number"),
     "float_type": ("not_a_number", "must be a number"),

@@ -23,7 +23,7 @@ from serve_app.jobs import Answered, Backend
 from serve_app.keys import KeyRing
 from serve_app.limits import ClientLimits
 from serve_app.metrics import Metrics
-from serve_app.middleware import Record, RequestContext
+from serve_app.middleware import HeadAsGet, Record, RequestContext
 from serve_app.openapi import ERRORS, describe, forecast_formats, request_body
 from serve_app.pages import page
 from serve_app.reading import Asked, Reading
@@ -68,6 +68,7 @@ def create_app(
     clients = clients or ClientLimits(config.limits)
     _add_forecast_routes(app, Forecasting(backend, config, metrics, clients), Reading(config))
     describe(app)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(DrainMiddleware, drain=drain)
     keys = keys or config.auth.key_ring()
     if keys is not None:
@@ -144,8 +145,6 @@ def _write_forecast_arrow(asked: Asked, answered: Answered, warning: str | None)
 
 
 def _add_status_routes(app: FastAPI, status: Status, metrics: Metrics) -> None:
-    # Load balancers ask with HEAD as well.
-    @app.head("/v1/healthz", include_in_schema=False)
     @app.get("/v1/healthz", summary="The process lives")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
@@ -154,7 +153,6 @@ def _add_status_routes(app: FastAPI, status: Status, metrics: Metrics) -> None:
     async def healthz_detailed() -> dict[str, Any]:
         return await asyncio.to_thread(status.health)
 
-    @app.head("/v1/readyz", include_in_schema=False)
     @app.get(
         "/v1/readyz",
         summary="200 once every always-on model has made a warm-up forecast, until the service stops; else 503",
@@ -210,9 +208,11 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     async def on_http_error(request: Request, error: Exception) -> JSONResponse:
         status = error.status_code if isinstance(error, HTTPException) else 500
-        headers = dict(getattr(error, "headers", None) or {})
+        headers = getattr(error, "headers", None) or {}
         if status == 405:
-            return respond(request, ServiceError("method_not_allowed", "this route does not take this method"), headers)
+            allowed = "POST" if "POST" in headers["Allow"] else "GET, HEAD"
+            error = ServiceError("method_not_allowed", f"this route takes {allowed}")
+            return respond(request, error, {"Allow": allowed})
         if status == 404:
             return respond(request, ServiceError("unknown_route", "there is no such route, see /docs"))
         raise error

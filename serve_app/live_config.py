@@ -34,7 +34,7 @@ class LiveConfig:
         """
         for key in user_config:
             if key not in LIVE:
-                hint = nearest(key, list(LIVE))
+                hint = nearest(str(key), list(LIVE))
                 raise InvalidUserConfigError(f"user_config: {key!r} cannot change without a restart{hint}")
         try:
             config = AppConfig.model_validate({**self._args.model_dump(), **user_config})

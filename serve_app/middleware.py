@@ -153,7 +153,7 @@ class RequestContext:
         if "error_type" in record.details:
             self.metrics.error(record.details["error_type"])
         # Probes and scrapes come every few seconds: their lines would drown the others.
-        probe = scope["method"] == "GET" and (record.status < 400 or record.route == "/v1/readyz")
+        probe = scope["method"] in ("GET", "HEAD") and (record.status < 400 or record.route == "/v1/readyz")
         level = logging.DEBUG if probe and record.route != "unmatched" else logging.INFO
         log(
             level,
@@ -168,6 +168,23 @@ class RequestContext:
             response_size_bytes=record.response_size_bytes,
             **dict.fromkeys(_OPTIONAL_FIELDS) | record.details,
         )
+
+
+class HeadAsGet:
+    """Answers HEAD as GET without the body, on every route: FastAPI says 405, which load balancers take for down."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self.app({**scope, "method": "GET"}, receive, without_body)
 
 
 async def refuse(send: Send, error: ServiceError, record: Record) -> None:

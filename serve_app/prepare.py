@@ -46,7 +46,6 @@ def prepare_predictions(
     items: Sequence[tuple[Loc, PredictRequest]], limits: Limits, defaults: Defaults
 ) -> list[Prepared]:
     """Items of /v1/predict with their places in the body. Raises ServiceError with all field errors found."""
-    require_count(("items",), len(items), limits)
     faults: list[FieldError] = []
     prepared = []
     for loc, item in items:
@@ -80,10 +79,7 @@ def prepare_predictions(
 
 def prepare_forecast(request: ForecastRequest, limits: Limits, defaults: Defaults) -> tuple[list[Prepared], int]:
     """The series of /v1/forecast, and the request's seed. Raises ServiceError with all field errors found."""
-    require_count(("series",), len(request.series), limits)
     faults: list[FieldError] = []
-    if len(request.quantiles) > limits.max_quantiles:
-        faults.append(FieldError(("quantiles",), "too_many", f"at most {limits.max_quantiles} quantiles"))
     if request.repair not in ("off", "ohlc"):
         faults.append(FieldError(("repair",), "unknown_value", 'must be "off" or "ohlc"'))
     seed = secrets.randbelow(SEED_SPACE) if request.seed is None else request.seed
@@ -93,7 +89,9 @@ def prepare_forecast(request: ForecastRequest, limits: Limits, defaults: Default
         faults += bad
         if item is not None:
             prepared.append(item)
-    return _checked(prepared, faults, ("series",), limits), seed
+    items = _checked(prepared, faults, ("series",), limits)
+    _require_answer_fits(request, items, limits)
+    return items, seed
 
 
 def _forecast_series(
@@ -196,10 +194,10 @@ def _task(
     return Task(series, sampling, window, calibrate)
 
 
-def require_count(loc: Loc, count: int, limits: Limits) -> None:
-    """Raises ServiceError if there are more series than one request may hold."""
-    if count > limits.max_series:
-        raise invalid_fields([FieldError(loc, "too_many", f"at most {limits.max_series} series per request")])
+def require_count(loc: Loc, count: int, most: int, what: str) -> None:
+    """Raises ServiceError if there is more of something than one request may hold."""
+    if count > most:
+        raise invalid_fields([FieldError(loc, "too_many", f"at most {most} {what} per request")])
 
 
 def _length_faults(loc: Loc, times: Times, columns: dict[str, np.ndarray], limits: Limits) -> list[FieldError]:
@@ -231,6 +229,20 @@ def _checked(prepared: list[Prepared], faults: list[FieldError], loc: Loc, limit
     if faults:
         raise invalid_fields(faults[: MAX_FIELD_ERRORS + 1])
     return prepared
+
+
+def _require_answer_fits(request: ForecastRequest, items: Sequence[Prepared], limits: Limits) -> None:
+    """Raises ServiceError. A few kilobytes may ask for hundreds of megabytes: many quantiles of many short series."""
+    tables = 1 + len(request.quantiles)
+    rows = sum(
+        (tables + item.task.sampling.samples * request.return_paths) * item.task.series.horizon for item in items
+    )
+    if rows > limits.max_answer_rows:
+        text = (
+            f"the answer would have {rows} rows (mean, quantiles and paths × horizon, summed over the series), over "
+            f"the limit of {limits.max_answer_rows}: ask for fewer quantiles, or in several requests"
+        )
+        raise invalid_fields([FieldError(("series",), "cost_over_limit", text)])
 
 
 def _place(loc: Loc, series: ForecastSeries, field: str) -> Loc:

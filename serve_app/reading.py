@@ -13,7 +13,7 @@ from serve_app.bodies import parse_json
 from serve_app.catalog import Catalog
 from serve_app.config import AppConfig
 from serve_app.errors import Loc, ServiceError, field_errors, invalid_fields
-from serve_app.prepare import Prepared, prepare_forecast, prepare_predictions
+from serve_app.prepare import Prepared, prepare_forecast, prepare_predictions, require_count
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
@@ -42,7 +42,9 @@ class Reading:
         return self._predictions(body, [((), body)])
 
     def batch(self, raw: bytes) -> Asked:
-        body = _validated(schemas.PredictBatchRequest, parse_json(raw))
+        data = parse_json(raw)
+        _require_few(data, "items", self._config.limits.max_series, "series")
+        body = _validated(schemas.PredictBatchRequest, data)
         return self._predictions(body, [(("items", i), item) for i, item in enumerate(body.items)])
 
     def forecast(self, raw: bytes) -> Asked:
@@ -59,12 +61,22 @@ class Reading:
         return Asked(body, self._config.default_model, prepared)
 
     def _forecast(self, data: Any) -> Asked:
+        limits = self._config.limits
+        _require_few(data, "series", limits.max_series, "series")
+        _require_few(data, "quantiles", limits.max_quantiles, "quantiles")
         body = _validated(schemas.ForecastRequest, data)
-        items, seed = prepare_forecast(body, self._config.limits, self._config.defaults)
+        items, seed = prepare_forecast(body, limits, self._config.defaults)
         model = body.model or self._config.default_model
         if self._catalog.get(model) is None:
             raise ServiceError("unknown_model", f"unknown model {clip_text(model)!r}, see /v1/models")
         return Asked(body, model, items, seed, body.deadline_ms, body.stream)
+
+
+def _require_few(data: Any, field: str, most: int, what: str) -> None:
+    """Raises ServiceError for a list that is too long, before each of a million entries gets an error of its own."""
+    entries = data.get(field) if isinstance(data, dict) else None
+    if isinstance(entries, list):
+        require_count((field,), len(entries), most, what)
 
 
 def _validated(schema: type[BodyT], data: Any) -> BodyT:

@@ -7,6 +7,7 @@ configuration sets, and what concerns several fields at once, are looked at in s
 from __future__ import annotations
 
 import math
+from itertools import islice
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,11 +20,13 @@ from pydantic import (
     StringConstraints,
     ValidationInfo,
     WithJsonSchema,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from model.engine.types import WindowPolicy
 from serve_app.candles import candle_columns, number_column
+from serve_app.errors import MAX_FIELD_ERRORS, UNKNOWN_FIELD, FieldError, value_errors
 from serve_app.times import Times, parse_times
 
 API_VERSION = "0.1.0"
@@ -124,6 +127,15 @@ class Body(BaseModel):
     """A JSON object of a request."""
 
     model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_unknown_fields(cls, data: Any) -> Any:
+        # pydantic would make an error of every one, and a body can hold a million.
+        if isinstance(data, dict) and len(data) > len(cls.model_fields) + MAX_FIELD_ERRORS:
+            unknown = islice((key for key in data if key not in cls.model_fields), MAX_FIELD_ERRORS + 1)
+            raise value_errors(FieldError((key,), *UNKNOWN_FIELD) for key in unknown)
+        return data
 
 
 class Overrides(Body):

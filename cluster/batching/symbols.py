@@ -204,7 +204,9 @@ def future_index(index: pd.DatetimeIndex, rules: HistoryRules) -> pd.DatetimeInd
     clock = index.tz_localize(None)
     try:
         if index.tz is None or _is_daily(clock, rules.freq):
-            local = future_times(_array(clock), None, rules.horizon, rules.freq, rules.calendar)
+            # Of a zone such as UTC, whose clocks never change; the others are read as the exchange's own.
+            offset = None if index.tz is None else index.tz.utcoffset(None)
+            local = future_times(_array(clock), offset, rules.horizon, rules.freq, rules.calendar)
             future = pd.DatetimeIndex(local)
             # A day whose hour the clocks skip begins an hour later.
             return (

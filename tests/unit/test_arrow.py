@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from datetime import datetime
 
 import numpy as np
@@ -107,6 +108,17 @@ def test_typed_timestamps(http, send, series, table, unit):
     assert answer["series"][0]["timestamps"][0] == "2024-01-01T16:00:00+08:00"
 
 
+def test_the_types_that_polars_and_pandas_write(send, table):
+    views = table
+    for name in ("series_id", "timestamp"):
+        views = replaced(views, name, table[name].cast(pa.string_view()))
+    # None in every row of a DataFrame: a column that holds nothing but nulls.
+    for name in ("volume", "amount"):
+        views = views.drop([name] if name in views.column_names else []).append_column(name, pa.nulls(len(table)))
+    expected = send(table.drop(["volume"]), horizon=2, seed=1).json()
+    assert send(views, horizon=2, seed=1).json() == expected
+
+
 def test_dates(send, table):
     days = pa.array([f"2024-01-{1 + i % 8:02d}" for i in range(14)]).cast(pa.date32())
     answer = send(replaced(table, "timestamp", days), horizon=1).json()
@@ -164,12 +176,36 @@ def test_the_time_zone_of_an_answer(http, columns, suffixes, zone):
     assert told == [datetime.fromisoformat(f"2024-01-01T08:00:00{suffix}") for suffix in suffixes]
 
 
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        (ARROW, ARROW),
+        (f"application/json, {ARROW.upper()}", ARROW),
+        (f"{ARROW}; q=0.5, */*;q=0.1", ARROW),
+        (f"{ARROW};q=nonsense", ARROW),
+        (f"application/json, {ARROW};q=0.5", "application/json"),
+        (f"application/json, {ARROW};q=0", "application/json"),
+        (f"{ARROW};q=0.000", "application/json"),
+        (f"{ARROW};q=0.9, */*", "application/json"),
+        ("*/*", "application/json"),
+        (",;q,;", "application/json"),
+    ],
+)
+def test_the_format_is_the_one_that_accept_prefers(http, columns, accept, kind):
+    response = http.post("/v1/forecast", {"series": [columns()]}, headers={"accept": accept})
+    assert (response.status_code, response.headers["content-type"]) == (200, kind)
+
+
 def test_what_cannot_be_one_table(http, columns):
     naive = dict(columns(), timestamps=[text.replace("Z", "") for text in columns()["timestamps"]])
     response = http.post("/v1/forecast", {"series": [columns(), naive]}, headers={"accept": ARROW})
     assert_field(response, ("series", 1, "timestamps"), "mixed_time_zones")
     response = http.post("/v1/forecast", {"series": [columns()], "stream": True}, headers={"accept": ARROW})
     assert_field(response, ("stream",), "unknown_value")
+    for one, other in ({"id": "a"}, {"id": "a"}), ({}, {"id": "0"}):
+        twice = {"series": [{**columns(), **one}, {**columns(), **other}]}
+        assert_field(http.post("/v1/forecast", twice, headers={"accept": ARROW}), ("series", 1, "id"), "duplicate")
+        assert http.post("/v1/forecast", twice).status_code == 200
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -307,6 +343,51 @@ def test_one_long_name_behind_many_rows_costs_nothing(make_http, table):
     )
     response = make_http().post("/v1/forecast", raw=written(bomb), headers={"content-type": ARROW})
     assert_field(response, ("series", 0, "id"), "too_long")
+
+
+def test_dictionaries_that_grow_are_refused_and_whole_ones_are_not(send, table):
+    """After each of 50,000 deltas, which fit into a body, pyarrow would hold one more copy of the whole dictionary."""
+    batches = [
+        table.slice(row, 1).set_column(0, "series_id", pa.DictionaryArray.from_arrays(pa.array([row]), pa.array(names)))
+        for row, names in ((0, ["b"]), (1, ["b", "c"]))
+    ]
+    for deltas, status in ((True, 400), (False, 200)):
+        sink = pa.BufferOutputStream()
+        options = pa.ipc.IpcWriteOptions(emit_dictionary_deltas=deltas)
+        with pa.ipc.new_stream(sink, with_settings(batches[0], freq="1h").schema, options=options) as writer:
+            for batch in batches:
+                writer.write_table(batch)
+        assert send(sink.getvalue().to_pybytes()).status_code == status
+
+
+@pytest.mark.parametrize("place", ["series_id", "timestamp", "dictionary"])
+def test_many_views_of_one_long_text_are_not_read(make_http, place):
+    rows = 200_000
+    view = struct.pack("<i4sii", 2**20, b"xxxx", 0, 0)
+    views = pa.Array.from_buffers(pa.string_view(), rows, [None, pa.py_buffer(view * rows), pa.py_buffer(b"x" * 2**20)])
+    columns = {
+        "series_id": pa.array(["a"] * rows),
+        "timestamp": pa.array(np.arange(rows), pa.timestamp("s")),
+        **dict.fromkeys(COLUMNS[:4], pa.array(np.ones(rows))),
+    }
+    if place == "dictionary":
+        columns["series_id"] = pa.DictionaryArray.from_arrays(pa.array(np.arange(rows, dtype=np.int32)), views)
+    else:
+        columns[place] = views
+    raw = written(pa.table(columns))
+    assert len(raw) < 2**24
+    started = time.monotonic()
+    assert_malformed(make_http().post("/v1/forecast", raw=raw, headers={"content-type": ARROW}))
+    assert time.monotonic() - started < 5
+
+
+def test_a_feather_file_is_told_from_a_stream(send, table):
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    response = send(sink.getvalue().to_pybytes())
+    assert_malformed(response)
+    assert "write the stream format" in response.json()["detail"]
 
 
 def test_damaged_streams(send, table):

@@ -1,6 +1,7 @@
 """Each bad input of the HTTP interface is its own named field error, in single, batch, forecast and stream alike."""
 
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -182,6 +183,22 @@ def test_the_cost_of_a_batch_of_one_is_that_of_its_items(make_http, candle_items
     assert response.json()["error"]["fields"][0]["loc"] == ["items"]
 
 
+def test_an_answer_of_too_many_rows_is_refused_before_it_is_computed(make_http, fake_backend, columns):
+    backend = fake_backend()
+    http = make_http(backend, limits={"max_answer_rows": 20})
+    body = {"series": [columns(), columns()], "horizon": 2, "samples": 3, "quantiles": [0.1, 0.5, 0.9, 1]}
+    assert http.post("/v1/forecast", body).status_code == 200
+    for more in (
+        {"quantiles": [0.1, 0.5, 0.6, 0.9, 1]},
+        {"return_paths": True},
+        {"return_paths": True, "stream": True},
+    ):
+        response = http.post("/v1/forecast", {**body, **more})
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "cost_over_limit")
+        assert "quantiles" in response.json()["error"]["fields"][0]["message"]
+    assert len(backend.jobs) == 1
+
+
 def test_horizon_by_number_over_the_limit(http, columns):
     response = http.post("/v1/forecast", {"series": [columns()], "horizon": 513})
     assert_field(response, ("horizon",), "horizon_over_limit")
@@ -284,9 +301,42 @@ def test_missing_and_unknown_fields_of_candles(http, candle_items):
 
 
 def test_an_integer_with_too_many_digits_is_a_field_error(http, columns):
-    raw = json.dumps({"series": [columns()]}).replace("107.0", "1" * 5000)
+    raw = json.dumps({"series": [columns()], "horizon": 3, "seed": 7}).replace("107.0", "1" * 5000)
     response = http.post("/v1/forecast", raw=raw.encode())
     assert_field(response, ("series", 0, "open", 7), "not_finite")
+    # Integers beside it, of the usual size, are no mistakes.
+    assert {fault["loc"][0] for fault in response.json()["error"]["fields"]} == {"series"}
+
+
+MANY = 50_000
+
+
+@pytest.mark.parametrize(
+    ("path", "raw", "loc", "code"),
+    [
+        ("/v1/predict/batch", '{"items": [' + ",".join(["{}"] * MANY) + "]}", ["items"], "too_many"),
+        ("/v1/forecast", '{"series": [' + ",".join(["1"] * MANY) + "]}", ["series"], "too_many"),
+        ("/v1/forecast", '{"quantiles": [' + ",".join(["2"] * MANY) + "]}", ["quantiles"], "too_many"),
+        ("/v1/forecast", "{" + ",".join(f'"{i}": 1' for i in range(MANY)) + "}", ["0"], "unknown_field"),
+        (
+            "/v1/predict/single",
+            '{"overrides": {' + ",".join(f'"{i}": 1' for i in range(MANY)) + "}}",
+            ["overrides", "0"],
+            "unknown_field",
+        ),
+    ],
+)
+def test_a_great_many_mistakes_take_no_memory(http, path, raw, loc, code):
+    """Of every byte of such a body, an error for each entry would make a kilobyte."""
+    tracemalloc.start()
+    response = http.post(path, raw=raw.encode())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    fields = response.json()["error"]["fields"]
+    assert response.status_code == 422
+    assert (loc, code) in [(field["loc"], field["code"]) for field in fields]
+    assert len(fields) <= 20
+    assert peak < 50 * len(raw)
 
 
 def test_answers_echo_little_of_the_input(http, columns):

@@ -112,6 +112,12 @@ def test_only_the_history_that_is_used_is_checked():
             {},
             ["2024-03-10 00:00-05:00", "2024-03-11 00:00-04:00"],
         ),
+        # Midnight in Tokyo: Monday's bar comes on a Sunday.
+        (
+            pd.bdate_range("2024-06-12", "2024-06-21", tz="Asia/Tokyo").tz_convert("UTC"),
+            {"calendar": "XTKS"},
+            ["2024-06-23 15:00Z", "2024-06-24 15:00Z"],
+        ),
     ],
 )
 def test_future_times(index, rules, expected):

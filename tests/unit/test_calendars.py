@@ -1,7 +1,10 @@
 """Future bar times: inferred, by calendar, or refused with the remedy."""
 
+import tracemalloc
+
 import exchange_calendars
 import numpy as np
+import pandas as pd
 import pytest
 
 from model.calendars import CalendarError, future_times, parse_freq
@@ -95,6 +98,44 @@ def test_days_skip_weekends_and_holidays():
     assert follow(["2024-07-02T00:00:00Z", "2024-07-03T00:00:00Z"], 1, calendar="XNYS") == ["2024-07-05T00:00:00Z"]
 
 
+@pytest.mark.parametrize(
+    ("name", "zone", "clock", "weekend", "expected"),
+    [
+        # Midnight in Tokyo, in UTC the day before: Monday's bar comes on a Sunday.
+        ("XTKS", "Asia/Tokyo", "00:00", ("2024-06-12", "2024-06-21"), ["2024-06-23T15:00:00Z", "2024-06-24T15:00:00Z"]),
+        # Closes in New York; its clocks change on the Sunday between.
+        (
+            "XNYS",
+            "America/New_York",
+            "16:00",
+            ("2024-03-04", "2024-03-08"),
+            ["2024-03-11T20:00:00Z", "2024-03-12T20:00:00Z"],
+        ),
+        # Dates written as midnight in UTC are no moments of an exchange.
+        ("XNYS", "UTC", "00:00", ("2024-03-04", "2024-03-08"), ["2024-03-11T00:00:00Z", "2024-03-12T00:00:00Z"]),
+        ("XTKS", "UTC", "00:00", ("2024-06-12", "2024-06-21"), ["2024-06-24T00:00:00Z", "2024-06-25T00:00:00Z"]),
+    ],
+)
+def test_days_with_an_offset_are_the_exchanges(name, zone, clock, weekend, expected):
+    days = exchange_calendars.get_calendar(name).sessions_in_range(*weekend)
+    moments = [(day + pd.Timedelta(f"{clock}:00")).tz_localize(zone).tz_convert("UTC") for day in days]
+    assert follow([f"{moment:%Y-%m-%dT%H:%M:%SZ}" for moment in moments], 2, calendar=name) == expected
+    elsewhere = [moment.tz_convert("+09:00").isoformat() for moment in moments]
+    followed = [pd.Timestamp(text) for text in follow(elsewhere, 2, calendar=name)]
+    assert followed == [pd.Timestamp(text) for text in expected]
+
+
+def test_days_in_utc_over_a_change_of_the_clocks_need_no_freq():
+    days = exchange_calendars.get_calendar("XNYS").sessions_in_range("2024-03-01", "2024-03-15")
+    moments = [day.tz_localize("America/New_York").tz_convert("UTC") for day in days]
+    history = [f"{moment:%Y-%m-%dT%H:%M:%SZ}" for moment in moments]
+    assert {text[11:16] for text in history} == {"04:00", "05:00"}
+    assert follow(history, 2, calendar="XNYS") == ["2024-03-18T04:00:00Z", "2024-03-19T04:00:00Z"]
+    assert refused(history) == ("freq", "freq_ambiguous")
+    twice_a_day = ["2024-03-04T05:00:00Z", "2024-03-05T05:00:00Z", "2024-03-06T05:00:00Z", "2024-03-06T06:00:00Z"]
+    assert refused(twice_a_day, calendar="XNYS") == ("freq", "freq_ambiguous")
+
+
 def test_refusals_of_calendars():
     hours = [f"2024-06-18T{hour:02d}:00:00" for hour in range(6)]
     assert refused(hours, calendar="XNYS") == ("calendar", "not_on_calendar")
@@ -118,6 +159,30 @@ def test_a_calendar_that_its_package_cannot_compute_is_a_refusal(monkeypatch):
 
     monkeypatch.setattr(exchange_calendars, "get_calendar", broken)
     assert refused(["1999-01-04", "1999-01-05"], calendar="XLIS") == ("calendar", "calendar_unavailable")
+
+
+def test_labels_are_counted_and_not_listed():
+    """A request of two bars, decades apart and a second long, would otherwise take all memory and minutes."""
+    history = ["2016-01-04T15:00:00Z", "2024-06-17T15:00:00Z", "2024-06-17T15:00:01Z"]
+    expected = ["2024-06-17T15:00:02Z", "2024-06-17T15:00:31Z"]
+    assert follow(history, 2, "1s", "XNYS")[:1] == expected[:1]
+    tracemalloc.start()
+    following = follow(history, 30, "1s", "XNYS")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [following[0], following[-1]] == expected
+    assert peak < 8 * 2**20
+
+
+def test_a_calendar_is_computed_once_whatever_years_are_asked_for(monkeypatch):
+    assert follow(["2024-07-02", "2024-07-03"], 1, calendar="XWBO") == ["2024-07-04"]
+
+    def again(name, **options):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(exchange_calendars, "get_calendar", again)
+    for year in range(2000, 2024):
+        assert len(follow([f"{year}-07-01", f"{year}-07-02"], 500, calendar="XWBO")) == 500
 
 
 def test_real_candles(bars):

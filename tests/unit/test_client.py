@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import httpx
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -85,6 +86,29 @@ def waits(monkeypatch):
     slept = []
     monkeypatch.setattr("serve_app.client.time.sleep", slept.append)
     return slept
+
+
+def test_columns_of_pandas_and_numpy(client, columns):
+    expected = client.forecast(**columns(), horizon=2, seed=5)
+    frame = pd.DataFrame(columns()).assign(timestamps=lambda bars: pd.to_datetime(bars.timestamps))
+    for given in (
+        {name: frame[name] for name in frame},
+        {**{name: frame[name].to_numpy() for name in frame}, "timestamps": pd.DatetimeIndex(frame.timestamps)},
+        {**columns(), "close": [np.float32(price) for price in frame.close], "timestamps": list(frame.timestamps)},
+    ):
+        answer = client.forecast(**given, horizon=np.int64(2), seed=5)
+        assert answer["series"][0]["mean"] == expected["series"][0]["mean"]
+        *_, (_, answer) = client.stream(**given, horizon=2, seed=5)
+        assert answer["series"][0]["mean"] == expected["series"][0]["mean"]
+    with pytest.raises(TypeError, match="object is neither"):
+        client.forecast(**{**columns(), "close": object()})
+
+
+def test_a_gap_is_told_with_its_place(client, columns):
+    gap = {**columns(), "close": [*columns()["close"][:-1], float("nan")]}
+    for call in (lambda: client.forecast(**gap), lambda: list(client.stream(**gap))):
+        with pytest.raises(KronosResponseError, match=r"fill the gap or drop the bar \(at series\.0\.close\.7\)"):
+            call()
 
 
 def test_streams(client, columns):

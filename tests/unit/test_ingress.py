@@ -254,8 +254,25 @@ def test_unknown_routes_methods_and_models(http, columns):
     assert_error(http.get("/v1/forecast/"), 404, "unknown_route")
     assert_error(http.get("/v1/forecast"), 405, "method_not_allowed")
     assert_error(http.post("/v1/healthz", {}), 405, "method_not_allowed")
+    assert http.get("/v1/forecast").headers["allow"] == "POST"
+    for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+        assert http.request(method, "/v1/models").headers["allow"] == "GET, HEAD"
     for model in ("nope", "../../etc/passwd", "x" * 64):
         assert_error(http.post("/v1/forecast", {"series": [columns()], "model": model}), 404, "unknown_model")
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/docs", "/openapi.json", "/v1/healthz", "/v1/healthz/detailed", "/v1/info", "/v1/models", "/v1/none"]
+)
+def test_head_is_answered_as_get_without_its_body(http, path, log_lines):
+    got, head = http.get(path), http.request("HEAD", path)
+    assert (head.status_code, head.content) == (got.status_code, b"")
+    # Health tells the time and the memory of the moment; the length may differ by a digit.
+    assert {**head.headers, "content-length": "", "x-request-id": ""} == {
+        **got.headers, "content-length": "", "x-request-id": "",
+    }  # fmt: skip
+    assert http.request("HEAD", "/v1/forecast").status_code == 405
+    assert log_lines[-1]["method"] == "HEAD"
 
 
 MALFORMED = {

@@ -3,10 +3,15 @@
 import asyncio
 import json
 import re
+import threading
+import time
 
 import httpx
 import pytest
 
+from model import calendars
+from model.calendars import CalendarError
+from serve_app import ingress
 from serve_app.config import AppConfig
 from serve_app.errors import ServiceError
 from serve_app.ingress import create_app
@@ -78,6 +83,48 @@ def test_a_full_service_reads_no_body(fake_backend):
             return await client.post("/v1/forecast", content=b"no JSON", headers={"content-type": "application/json"})
 
     assert asyncio.run(go()).status_code == 429
+
+
+@pytest.mark.parametrize("key", ["calendar", "c\\u0061lendar"])
+def test_a_calendar_that_is_slow_to_compute_keeps_nobody_waiting(monkeypatch, fake_backend, columns, key):
+    computing = threading.Event()
+
+    def slow(*_):
+        computing.set()
+        time.sleep(1.0)
+        raise CalendarError("calendar", "not_on_calendar", "no")
+
+    monkeypatch.setattr(calendars, "_sessions", slow)
+    body = json.dumps({"series": [columns()], "calendar": "XNYS"}).replace('"calendar"', f'"{key}"')
+
+    async def go():
+        transport = httpx.ASGITransport(app=create_app(fake_backend(), AppConfig()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            post = client.post("/v1/forecast", content=body, headers={"content-type": "application/json"})
+            waiting = asyncio.create_task(post)
+            while not computing.is_set():
+                await asyncio.sleep(0.01)
+            assert (await client.get("/v1/healthz")).status_code == 200
+            assert not waiting.done()
+            return await waiting
+
+    assert asyncio.run(go()).status_code == 422
+
+
+@pytest.mark.parametrize(("quantiles", "aside"), [(2, False), (32, True)])
+def test_an_answer_of_many_quantiles_is_written_beside_the_event_loop(
+    monkeypatch, make_http, columns, quantiles, aside
+):
+    threads = []
+
+    def write(*args):
+        threads.append(threading.current_thread())
+        return b"{}"
+
+    monkeypatch.setattr(ingress, "_write_forecast", write)
+    body = {"series": [columns()], "horizon": 256, "quantiles": [level / 32 for level in range(quantiles)]}
+    assert make_http().post("/v1/forecast", body).status_code == 200
+    assert [thread is not threading.main_thread() for thread in threads] == [aside]
 
 
 def test_limits_are_published(http):

@@ -141,6 +141,11 @@ def test_each_variable_works(name, value, read):
     assert override(**{name: " "}) == (AppConfig(), [])
 
 
+def test_every_level_of_logging_may_be_set():
+    for level in ("debug", "info", "warning", "error", "critical"):
+        assert override(LOG_LEVEL=level)[0].log_level == level.upper()
+
+
 def test_every_variable_is_tested():
     tested = {row[0] for row in test_each_variable_works.pytestmark[0].args[1]}
     assert {f"KRONOS_{name}" for name in tested} == set(KNOWN)
@@ -274,6 +279,28 @@ def test_check_config_survives_any_file(tmp_path, text):
     path = tmp_path / "odd.yaml"
     path.write_text(text)
     assert check_config(str(path), {})[0]
+
+
+@pytest.mark.parametrize(
+    "deployments",
+    ["foo", "5", "[x]", "[{name: ingress, user_config: 5}]", "[{name: ingress, user_config: {1: 5}}]"],
+)
+def test_check_config_names_what_is_wrong_with_deployments(tmp_path, deployments):
+    path = tmp_path / "odd.yaml"
+    path.write_text(f"{CONFIG.read_text()}\n    deployments: {deployments}\n")
+    (error, *_), _ = check_config(str(path), {})
+    assert "deployments" in error or "user_config: 1 cannot" in error
+
+
+def test_check_config_reads_text_only(tmp_path):
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(b"\xff\xfe\x80")
+    assert "not YAML" in check_config(str(path), {})[0][0]
+
+
+def test_reconfigure_says_what_is_wrong_with_an_address(capsys):
+    assert main(["reconfigure", str(CONFIG), "--address", "127.0.0.1:8265"]) == 1
+    assert "http://" in capsys.readouterr().err
 
 
 def test_check_config_command(tmp_path, capsys):

@@ -162,4 +162,5 @@ def test_probes_are_quiet_and_refusals_are_not(make_http, fake_backend, log_line
     http = make_http(fake_backend(loaded=False))
     for path in ("/v1/healthz", "/v1/readyz", "/v1/metrics", "/v1/forecast", "/v1/nothing"):
         http.get(path)
+    http.request("HEAD", "/v1/healthz")
     assert [(line["route"], line["status_code"]) for line in log_lines] == [("/v1/forecast", 405), ("unmatched", 404)]
