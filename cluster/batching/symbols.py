@@ -92,13 +92,15 @@ def _read(file: str, layout: str, symbols: Sequence[str], names: Layout) -> Iter
         times = _frame(table.select([names.time]), names)
         for symbol in wanted:
             own = [name for name in chosen if name.rpartition(".")[0] == symbol]
-            frame = table.select(own).rename_columns([name.rpartition(".")[2] for name in own]).to_pandas()
+            renamed = table.select(own).rename_columns([name.rpartition(".")[2] for name in own])
+            frame = renamed.to_pandas(ignore_metadata=True)
             yield symbol, times.join(frame)[frame.notna().any(axis=1)].reset_index(drop=True)
 
 
 def _frame(table: pa.Table, names: Layout) -> pd.DataFrame:
     """The table with its times parsed at once, if all of them are of one kind; else each symbol parses its own."""
-    frame = table.to_pandas()
+    # All columns are columns, also those that pandas wrote as the index of its frame.
+    frame = table.to_pandas(ignore_metadata=True)
     times = frame[names.time].dtype
     if not pd.api.types.is_datetime64_any_dtype(times) and not pd.api.types.is_numeric_dtype(times):
         try:

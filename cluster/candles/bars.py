@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 
 from model.errors import InputError
 from model.frames import candle_array, time_index, time_marks
@@ -110,10 +111,25 @@ def read_frame(file: Path, symbol_column: str = "symbol") -> pd.DataFrame:
         raise InputError(f"{file}: {file.suffix!r} is not read here: give {', '.join(SUFFIXES)}", code="unknown_format")
     try:
         if file.suffix.lower() == ".csv":
-            return pd.read_csv(file, dtype={symbol_column: str})  # 000001 is a name, not a number
-        return pd.read_parquet(file)
+            return _read_csv(file, symbol_column)
+        # All columns are columns, also those that pandas wrote as the index of its frame.
+        return pyarrow.parquet.read_table(file).to_pandas(ignore_metadata=True)
     except (ValueError, OSError) as error:
         raise InputError(f"{file} cannot be read: {error}", code="unreadable_file") from error
+
+
+def _read_csv(file: Path, symbol_column: str) -> pd.DataFrame:
+    frame = pd.read_csv(file, dtype={symbol_column: str})  # 000001 is a name, not a number
+    if symbol_column in frame and frame[symbol_column].isna().any():
+        # NA, NULL and None are names too: only an empty cell names nothing.
+        frame[symbol_column] = pd.read_csv(
+            file, usecols=[symbol_column], dtype=str, keep_default_na=False, na_values=[""]
+        )[symbol_column]
+    # pandas renames the second of two columns of one name: here both keep it, so that they are refused.
+    head = pd.read_csv(file, header=None, nrows=1, dtype=str, keep_default_na=False).iloc[0].tolist()
+    if len(head) == frame.shape[1]:
+        frame.columns = pd.Index([name or known for name, known in zip(head, frame.columns, strict=True)])
+    return frame
 
 
 def bars_from_frame(
@@ -126,6 +142,11 @@ def bars_from_frame(
             code="missing_column",
             column=time_column,
         )
+    for column in (time_column, symbol_column):
+        if isinstance(frame.get(column), pd.DataFrame):
+            raise InputError(
+                f"{name}: column {column!r} is there twice: keep one", code="duplicate_column", column=column
+            )
     if len(frame) == 0:
         raise InputError(f"{name}: there are no rows", code="no_rows")
     if symbol_column not in frame.columns:

@@ -137,3 +137,12 @@ def test_wide_and_long_tables_give_the_same_histories(tmp_path):
             np.testing.assert_array_equal(found[0][symbol].series.marks, other[symbol].series.marks)
             assert found[0][symbol].future.equals(other[symbol].future)
     assert len(found[0]["B.X"].series.candles) == 25
+
+
+def test_a_parquet_file_whose_times_are_its_index(tmp_path):
+    candles().set_index("timestamps").to_parquet(tmp_path / "A.parquet")
+    candles().to_parquet(tmp_path / "B.parquet")
+    unit = Unit(("A", "B"), tuple((str(tmp_path / f"{name}.parquet"), "single") for name in "AB"))
+    found = load_unit(unit, NAMES, HistoryRules(4))
+    np.testing.assert_array_equal(found["A"].series.candles, found["B"].series.candles)
+    assert found["A"].future.equals(found["B"].future)

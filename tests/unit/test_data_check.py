@@ -185,6 +185,16 @@ def test_tables_that_are_not_bars(tmp_path, change, code, column):
     assert "fine" in [symbol.symbol for symbol in report.symbols]
 
 
+def test_a_csv_with_a_column_twice(tmp_path, capsys):
+    rows = good(40).to_csv(index=False).splitlines()
+    path = tmp_path / "A.csv"
+    path.write_text("\n".join([rows[0] + ",close", *(row + ",1.0" for row in rows[1:])]))
+    status, printed = run(capsys, path)
+    assert status == 1
+    assert "duplicate_column" in printed.out
+    assert "'close' is there twice" in printed.out
+
+
 def test_what_cannot_be_read_does_not_stop_the_rest(tmp_path, capsys):
     (tmp_path / "broken.parquet").write_bytes(b"not parquet")
     frame, _ = plant(good())
