@@ -28,7 +28,14 @@ from cluster.training.config import STAGES, TokenizerStage, TrainConfig, load_co
 from cluster.training.group import Group
 from cluster.training.lineage import code_drift, inputs_of
 from cluster.training.loop import STOP_FILE, ray_train_loop, run_stage
-from cluster.training.run_folder import copy_network, export, fingerprint, record, remember
+from cluster.training.run_folder import (
+    copy_network,
+    export,
+    fingerprint,
+    nothing_kept_of_a_failed_start,
+    record,
+    remember,
+)
 from model.device import resolve_device
 from model.errors import KronosError
 
@@ -134,22 +141,24 @@ def _train_stage(config: TrainConfig, stage: str, tokenizer: Path | None, signal
         "directory": str(Path.cwd()),
         "fingerprint": mark,
     }
-    signals.watch(folder / STOP_FILE)
-    if config.training.num_workers == 0:
-        outcome = run_stage(settings, Group(device=resolve_device(placement.device)[0]), lambda metrics: None)
-    else:
-        outcome = _run_on_ray(config, stage, settings, placement)
-    if "error" in outcome:
-        raise outcome["error"]
-    if outcome["stopped"]:
-        (folder / STOP_FILE).unlink(missing_ok=True)
-        logger.warning("%s: stopped at step %d of %d", stage, outcome["steps"], options.steps)
-        signals.came = True
-        signals.check()
+    checkpoints = Checkpoints(folder, mark)
+    with nothing_kept_of_a_failed_start(checkpoints):
+        signals.watch(folder / STOP_FILE)
+        if config.training.num_workers == 0:
+            outcome = run_stage(settings, Group(device=resolve_device(placement.device)[0]), lambda metrics: None)
+        else:
+            outcome = _run_on_ray(config, stage, settings, placement)
+        if "error" in outcome:
+            raise outcome["error"]
+        if outcome["stopped"]:
+            (folder / STOP_FILE).unlink(missing_ok=True)
+            logger.warning("%s: stopped at step %d of %d", stage, outcome["steps"], options.steps)
+            signals.came = True
+            signals.check()
     warnings = [*placement.warnings, *outcome["warnings"], *outcome["refused"]]
     for warning in outcome["warnings"]:
         logger.warning(warning)
-    best = Checkpoints(folder, mark).best()
+    best = checkpoints.best()
     if best is None:
         raise KronosError(f"{folder} holds no checkpoint that is whole: train again under another run.name")
     target = config.run.output / STAGES[stage]
