@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from cluster.batching.files import Layout, layout_of, read_columns, schema_names, unreadable
+from cluster.batching.files import Layout, layout_of, read_columns, schema_names, unreadable, wide_symbols
 from cluster.batching.plan import Unit
 from model.calendars import DAY, CalendarError, future_times, parse_freq
 from model.errors import InputError
@@ -86,7 +86,8 @@ def _read(file: str, layout: str, symbols: Sequence[str], names: Layout) -> Iter
         table = read_columns(file, names, [names.time, names.symbol, *candles], symbols)
         yield from _by_symbol(_frame(table.drop_columns([names.symbol]), names), table.column(names.symbol))
     else:
-        wanted = [symbol for symbol in symbols if f"{symbol}.close" in columns]
+        here = set(wide_symbols(columns, names))
+        wanted = [symbol for symbol in symbols if symbol in here]
         chosen = [f"{symbol}.{name}" for symbol in wanted for name in COLUMNS if f"{symbol}.{name}" in columns]
         table = read_columns(file, names, [names.time, *chosen], None)
         times = _frame(table.select([names.time]), names)

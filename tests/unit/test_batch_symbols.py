@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cluster.batching.files import Layout
+from cluster.batching.files import Layout, scan
 from cluster.batching.plan import Unit
 from cluster.batching.symbols import HistoryRules, future_index, load_unit, symbol_history
 from model.errors import InputError
@@ -146,3 +146,15 @@ def test_a_parquet_file_whose_times_are_its_index(tmp_path):
     found = load_unit(unit, NAMES, HistoryRules(4))
     np.testing.assert_array_equal(found["A"].series.candles, found["B"].series.candles)
     assert found["A"].future.equals(found["B"].future)
+
+
+@pytest.mark.parametrize("missing", ["low", "close"])
+def test_a_symbol_of_a_wide_table_that_lacks_a_price_costs_itself_alone(tmp_path, missing):
+    wide = candles().add_prefix("A.").rename(columns={"A.timestamps": "timestamps"})
+    wide = wide.join(candles().drop(columns=["timestamps", missing]).add_prefix("B."))
+    wide.to_csv(tmp_path / "wide.csv", index=False)
+    [source] = scan([tmp_path / "wide.csv"], NAMES)
+    assert (source.layout, source.symbols, source.fault) == ("wide", ("A", "B"), None)
+    found = load_unit(Unit(source.symbols, ((source.path, source.layout),)), NAMES, HistoryRules(4))
+    assert len(found["A"].series.candles) == 40
+    assert (found["B"].code, found["B"].column) == ("missing_column", missing)
