@@ -332,6 +332,23 @@ def test_options_that_make_no_sense(tmp_path, capsys, arguments):
     assert printed.err.startswith("error: ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--validation-share", "1.2"], "--validation-share 1.2: Input should be less than 1"),
+        (["--validation-share", "0.2", "--embargo-bars", "-1"], "--embargo-bars -1: "),
+        (["--validation-from", "soon"], "--validation-from soon: "),
+        (["--validation-share", "0.6", "--test-share", "0.6"], "validation_share and test_share leave nothing"),
+        (["--bar", "soon"], "--bar 'soon' must be a length of time"),
+    ],
+)
+def test_an_option_at_fault_is_named(tmp_path, capsys, arguments, named):
+    path = write(good(60), tmp_path / "A.csv")
+    status, printed = run(capsys, path, "--window", 10, *arguments)
+    assert status == 2
+    assert printed.err.startswith(f"error: {named}")
+
+
 def test_memory_and_totals(tmp_path):
     report = check([write(good(100), tmp_path / "A.csv"), write(good(50), tmp_path / "B.csv")], CheckOptions(window=10))
     totals = report.totals()
