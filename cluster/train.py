@@ -120,6 +120,11 @@ def _ray_for(config: TrainConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Ray Train copies what workers print into its own log, so that every line would come twice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if config.training.ray_address in (None, "local"):
+        # Nothing a user could act on, every second or at every validation: a private cluster has no dashboard to ask,
+        # and what is reported has been printed.
+        noise = "Failed to query Ray Train Controller|Reporting training result"
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", noise)
     with ray_session(config.training.ray_address):
         yield
 
