@@ -22,14 +22,14 @@ import pandas as pd
 
 from cluster import backtest
 from cluster.bundles.training_record import overlap_warning
-from cluster.candles.bars import SymbolBars
+from cluster.candles.bars import SymbolBars, read_bars
 from cluster.evaluation import card_scores, report
 from cluster.evaluation.baselines import EXTRAS, NO_FIT, Baseline, baselines
 from cluster.evaluation.forecasting import ModelChoice, forecast_all
 from cluster.evaluation.leakage import alarms, future_in_inputs, shuffled_labels
 from cluster.evaluation.metrics import Scored, Table, Truth, overall_verdict
 from cluster.evaluation.scores import Draws
-from cluster.evaluation.walk_forward import WalkForward, Window, Windows, pick_windows, read_series
+from cluster.evaluation.walk_forward import WalkForward, Window, Windows, pick_windows
 from cluster.evaluation.walk_forward_options import add_walk_forward_arguments, print_progress, walk_forward_of
 from cluster.ray_session import ray_session
 from model.calibration import Calibration, load_calibration, usual_bar_seconds
@@ -373,7 +373,7 @@ def _refuse_ignored(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     setting = walk_forward_of(options, temperature=options.temperature, top_p=options.top_p)
     rules = backtest.rules_of(options) if options.top_k is not None else None
-    series = read_series(options.data, time_column=options.time_column, symbol_column=options.symbol_column)
+    series = read_bars(options.data, time_column=options.time_column, symbol_column=options.symbol_column)
     choice = ModelChoice(options.model, options.tokenizer, options.device, options.threads)
     parent = None
     if options.parent is not None:

@@ -138,7 +138,8 @@ def bars_from_frame(
     """A long-format frame as one SymbolBars per symbol, in order of first appearance. Errors as read_bars."""
     if time_column not in frame.columns:
         raise InputError(
-            f"{name}: column {time_column!r} is missing: give each bar its time, or set data.time_column",
+            f"{name}: column {time_column!r} is missing: give each bar its time, or name its column (--time-column; in "
+            "a training configuration data.source.time_column)",
             code="missing_column",
             column=time_column,
         )

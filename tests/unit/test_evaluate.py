@@ -12,7 +12,7 @@ import pytest
 
 from cluster import calibration
 from cluster import evaluate as command
-from cluster.candles.bars import SymbolBars, bars_from_frame, frame_from_bars
+from cluster.candles.bars import SymbolBars, bars_from_frame, frame_from_bars, read_bars
 from cluster.evaluate import evaluate
 from cluster.evaluation import baselines as baseline_module
 from cluster.evaluation import report
@@ -20,7 +20,7 @@ from cluster.evaluation.charts import line_chart
 from cluster.evaluation.forecasting import ModelChoice
 from cluster.evaluation.leakage import alarms, future_in_inputs, shuffled_labels
 from cluster.evaluation.metrics import Table
-from cluster.evaluation.walk_forward import WalkForward, pick_windows, read_series
+from cluster.evaluation.walk_forward import WalkForward, pick_windows
 from model.calibration import CALIBRATION_FILE, Calibration, load_calibration
 from model.errors import InputError
 from model.registry import CheckpointSource, load_checkpoint
@@ -405,4 +405,4 @@ def test_missing_files_are_named(tmp_path, capsys):
     for name in ("a.csv", "b.csv"):
         frame_from_bars(random_walks(1, 9)).to_csv(tmp_path / name, index=False)
     with pytest.raises(InputError, match="in another file too"):
-        read_series([tmp_path])
+        read_bars([tmp_path])

@@ -98,6 +98,20 @@ def test_a_csv_with_a_column_twice_is_refused(tmp_path, column):
     assert (caught.value.code, caught.value.column) == ("duplicate_column", column)
 
 
+def test_the_key_that_names_the_time_column_is_one(tmp_path):
+    """What the error of a missing time column says to set is set."""
+    frame().rename(columns={"timestamps": "when"}).to_csv(tmp_path / "x.csv", index=False)
+    config = {
+        "run": {"name": "x", "output": "out"},
+        "data": {"source": {"kind": "file", "path": str(tmp_path / "x.csv"), "validation_share": 0.3}},
+        "tokenizer": {"phases": [{"steps": 101, "window": 16, "batch_size": 2}]},
+    }
+    with pytest.raises(InputError, match=r"--time-column; .* data\.source\.time_column\)"):
+        load_splits(parse_config(config).data)
+    config["data"]["source"]["time_column"] = "when"
+    assert len(load_splits(parse_config(config).data)["train"].series[0]) == 21
+
+
 def test_times_with_and_without_a_zone_do_not_mix(tmp_path):
     frame().to_parquet(tmp_path / "naive.parquet")
     aware = frame()
