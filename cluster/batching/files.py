@@ -227,5 +227,5 @@ def read_columns(file: str, names: Layout, columns: Sequence[str], wanted: Seque
 def _symbol_is_in(schema: pa.Schema, names: Layout, wanted: Sequence[str]) -> pyarrow.dataset.Expression:
     field = pyarrow.dataset.field(names.symbol)
     texts = field if pa.types.is_string(schema.field(names.symbol).type) else field.cast(pa.string())
-    keep = texts.isin([symbol for symbol in wanted if symbol])
+    keep = texts.isin(pa.array([symbol for symbol in wanted if symbol], pa.string()))
     return keep | field.is_null() | (texts == "") if "" in wanted else keep

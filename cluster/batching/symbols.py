@@ -58,6 +58,8 @@ def load_unit(unit: Unit, names: Layout, rules: HistoryRules) -> dict[str, Symbo
                 faults |= dict.fromkeys(_symbols_of(file, layout, unit), fault)
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                 faults |= dict.fromkeys(_symbols_of(file, layout, unit), unreadable(file, error))
+            except Exception as error:
+                faults |= dict.fromkeys(_symbols_of(file, layout, unit), _unexpected(error))
     found: dict[str, SymbolHistory | InputError] = {}
     for symbol in unit.symbols:
         try:
@@ -66,7 +68,14 @@ def load_unit(unit: Unit, names: Layout, rules: HistoryRules) -> dict[str, Symbo
             found[symbol] = symbol_history(symbol, pieces[symbol], names, rules)
         except InputError as fault:
             found[symbol] = fault
+        except Exception as error:
+            found[symbol] = _unexpected(error)
     return found
+
+
+def _unexpected(error: Exception) -> InputError:
+    """What nobody has thought of is an error of its symbols too: the others may be a million, and hours of work."""
+    return InputError(f"{type(error).__name__}: {error}", code="unexpected")
 
 
 def _symbols_of(file: Path, layout: str, unit: Unit) -> Sequence[str]:

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cluster.batching import symbols as symbols_module
 from cluster.batching.files import Layout, scan
 from cluster.batching.plan import Unit
 from cluster.batching.symbols import HistoryRules, future_index, load_unit, symbol_history
@@ -158,3 +159,29 @@ def test_a_symbol_of_a_wide_table_that_lacks_a_price_costs_itself_alone(tmp_path
     found = load_unit(Unit(source.symbols, ((source.path, source.layout),)), NAMES, HistoryRules(4))
     assert len(found["A"].series.candles) == 40
     assert (found["B"].code, found["B"].column) == ("missing_column", missing)
+
+
+def test_rows_without_a_symbol_alone_in_a_unit_say_so(tmp_path):
+    candles().assign(symbol=None).to_parquet(tmp_path / "x.parquet")
+    [source] = scan([tmp_path / "x.parquet"], NAMES)
+    found = load_unit(Unit(source.symbols, ((source.path, source.layout),)), NAMES, HistoryRules(4))
+    assert {symbol: fault.code for symbol, fault in found.items()} == {"": "missing_symbol"}
+
+
+@pytest.mark.parametrize("place", ["symbol_history", "read_columns"])
+def test_what_nobody_has_thought_of_costs_the_symbol_alone(tmp_path, monkeypatch, place):
+    """A defect in our own code, which an actor would die of at every try, with all the symbols after it."""
+    real = getattr(symbols_module, place)
+
+    def broken(*arguments):
+        if "BAD" in str(arguments[0]):
+            raise ZeroDivisionError("nobody knows")
+        return real(*arguments)
+
+    monkeypatch.setattr(symbols_module, place, broken)
+    for name in ("GOOD", "BAD"):
+        candles().to_parquet(tmp_path / f"{name}.parquet")
+    unit = Unit(("BAD", "GOOD"), tuple((str(tmp_path / f"{name}.parquet"), "single") for name in ("BAD", "GOOD")))
+    found = load_unit(unit, NAMES, HistoryRules(4))
+    assert len(found["GOOD"].series.candles) == 40
+    assert (found["BAD"].code, str(found["BAD"])) == ("unexpected", "ZeroDivisionError: nobody knows")
