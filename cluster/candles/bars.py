@@ -189,9 +189,23 @@ def _symbol_bars(frame: pd.DataFrame, rows: np.ndarray, symbol: str, where: str,
             len(crooked),
             int(rows[np.flatnonzero(crooked)[0]]),
         )
-    times = index.tz_convert("UTC").tz_localize(None) if index.tz is not None else index
+    times = (index.tz_convert("UTC").tz_localize(None) if index.tz is not None else index).to_numpy()
+    if (far := out_of_range(times)).any():
+        place = int(np.flatnonzero(far)[0])
+        raise InputError(
+            f"{where}: {time_column}[{place}] ({index[place]}) is not between the years 1678 and 2261: correct it",
+            code="not_a_time",
+            column=time_column,
+            row=int(rows[place]),
+        )
     zone = None if index.tz is None else str(index.tz)
-    return SymbolBars(symbol, times.to_numpy().astype("datetime64[ns]"), candles, marks, zone)
+    return SymbolBars(symbol, times.astype("datetime64[ns]"), candles, marks, zone)
+
+
+def out_of_range(times: np.ndarray) -> np.ndarray:
+    """bool [...]: the times (datetime64 of any unit) that would become others in nanoseconds; not NaT."""
+    years = times.astype("datetime64[Y]").astype(np.int64) + 1970
+    return ~np.isnat(times) & ((years < 1678) | (years > 2261))
 
 
 def invalid_candles(candles: np.ndarray) -> np.ndarray:

@@ -185,6 +185,25 @@ def test_tables_that_are_not_bars(tmp_path, change, code, column):
     assert "fine" in [symbol.symbol for symbol in report.symbols]
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("zone", ["", "Z"])
+def test_a_year_that_nobody_means_is_a_fault_of_its_row(tmp_path, capsys, suffix, zone):
+    """0024 for 2024: in nanoseconds it would be another time, without a word."""
+    frame = good(40)
+    texts = frame["timestamps"].dt.strftime("%Y-%m-%dT%H:%M:%S") + zone
+    texts[0] = texts[0].replace("2024", "0024")
+    if suffix == ".parquet":
+        texts = pd.to_datetime(texts, format="ISO8601")
+    path = write(frame.assign(timestamps=texts), tmp_path / f"A{suffix}")
+    report = check([path])
+    assert found(report)["not_a_time"].rows == [0]
+    assert report.symbols[0].first.startswith("2024-01-01 01:00:00")
+    assert run(capsys, path)[0] == 1
+    with pytest.raises(InputError, match="not between the years 1678 and 2261") as caught:
+        read_bars(path)
+    assert (caught.value.code, caught.value.row) == ("not_a_time", 0)
+
+
 def test_a_csv_with_a_column_twice(tmp_path, capsys):
     rows = good(40).to_csv(index=False).splitlines()
     path = tmp_path / "A.csv"
