@@ -354,6 +354,19 @@ def test_the_command_names_what_is_wrong(tmp_path, bundle, capsys, frame, more, 
     assert not (tmp_path / "out").exists()
 
 
+def test_what_cannot_be_traded_or_written_is_said_before_the_forecasts(tmp_path, bundle, capsys):
+    """Which may take hours, and would be lost."""
+    frame = frame_from_bars(random_walks(1, 120))
+    frame.to_csv(tmp_path / "bars.csv", index=False)
+    (tmp_path / "file").touch()
+    assert command.main(arguments(bundle, tmp_path / "bars.csv", tmp_path / "file/out")) == 2
+    assert capsys.readouterr().err.startswith("error: --out")
+    frame.loc[3, ["open", "low"]] = 0.0
+    frame.to_csv(tmp_path / "bars.csv", index=False)
+    assert command.main(arguments(bundle, tmp_path / "bars.csv", tmp_path / "out", "--top-k", "1")) == 2
+    assert capsys.readouterr().err.startswith("error: symbol 'S0', 2024")  # no progress came before it
+
+
 def test_a_bundle_is_calibrated_on_the_bars_that_are_named(tmp_path, golden, capsys):
     """fit → calibration.json in the bundle → an evaluation that reports both coverages."""
     for part in ("model", "tokenizer"):
