@@ -78,7 +78,7 @@ def read_prices(
         frame = read_frame(file, symbol_column)
         if {"open", "close"} <= set(frame.columns):
             # Only these two are traded at; what checks candles wants the others as well.
-            pair = frame[["open", "close"]]
+            pair = frame[["open", "close"]].apply(pd.to_numeric, errors="coerce")  # a text is named further down
             outer = {"high": pair.max, "low": pair.min}
             frame = frame.assign(**{name: find(axis=1) for name, find in outer.items() if name not in frame.columns})
         checked = bars_from_frame(frame, str(file), time_column=time_column, symbol_column=symbol_column)

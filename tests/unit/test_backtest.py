@@ -306,6 +306,10 @@ def test_prices_of_open_and_close_alone_are_not_called_crooked(tmp_path, caplog)
     pd.DataFrame(rows, columns=["symbol", "timestamps", "open", "close"]).to_csv(tmp_path / "prices.csv", index=False)
     assert len(read_prices([tmp_path / "prices.csv"])) == 1
     assert caplog.text == ""
+    rows[2] = ("A", DAYS[2], "n.a.", 12)
+    pd.DataFrame(rows, columns=["symbol", "timestamps", "open", "close"]).to_csv(tmp_path / "prices.csv", index=False)
+    with pytest.raises(InputError, match="column 'open' holds"):
+        read_prices([tmp_path / "prices.csv"])
 
 
 def test_signals_with_a_time_zone_do_not_meet_prices_without_one(tmp_path):
