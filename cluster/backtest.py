@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cluster.candles.bars import SymbolBars, bars_from_frame, find_files, read_frame
+from cluster.candles.bars import SymbolBars, bars_from_frame, find_files, read_frame, refuse_mixed_zones
 from cluster.evaluation.charts import line_chart
 from cluster.evaluation.ledger import Ledger, Prices, Rules, SymbolPrices, run_ledger
 from model.errors import InputError, KronosError
@@ -93,13 +93,7 @@ def read_prices(
             own = groups.get(bars.symbol, frame)
             opens, closes = (own[name].to_numpy(np.float64) for name in ("open", "close"))
             found[bars.symbol] = SymbolPrices(bars.symbol, bars.times, opens, closes, bars.zone)
-    aware, naive = ([p.symbol for p in found.values() if (p.zone is None) == wanted] for wanted in (False, True))
-    if aware and naive:
-        raise InputError(
-            f"the times of {aware[0]!r} have a time zone and those of {naive[0]!r} have none: give all of them one",
-            code="mixed_time_zones",
-            column=time_column,
-        )
+    refuse_mixed_zones({prices.symbol: prices.zone for prices in found.values()}, time_column)
     return list(found.values())
 
 

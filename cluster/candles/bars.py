@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,14 +90,19 @@ def read_bars(
                 )
             found[bars.symbol] = bars
     series = list(found.values())
-    aware, naive = ([b.symbol for b in series if (b.zone is None) == wanted] for wanted in (False, True))
+    refuse_mixed_zones({bars.symbol: bars.zone for bars in series}, time_column)
+    return series
+
+
+def refuse_mixed_zones(zones: Mapping[str, str | None], time_column: str) -> None:
+    """zones: symbol → time zone, None for a wall clock. Raises InputError if some have one and others have none."""
+    aware, naive = ([symbol for symbol, zone in zones.items() if (zone is None) == wanted] for wanted in (False, True))
     if aware and naive:
         raise InputError(
             f"the times of {aware[0]!r} have a time zone and those of {naive[0]!r} have none: give all of them one",
             code="mixed_time_zones",
             column=time_column,
         )
-    return series
 
 
 def _read_file(file: Path, time_column: str, symbol_column: str) -> list[SymbolBars]:
