@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cluster.candles.bars import SymbolBars, bars_from_frame, find_files, read_frame
+from cluster.candles.bars import SymbolBars, bars_from_frame, find_files, read_frame, refuse_mixed_zones
 from cluster.evaluation.charts import line_chart
 from cluster.evaluation.ledger import Ledger, Prices, Rules, SymbolPrices, run_ledger
 from model.errors import InputError, KronosError
@@ -75,10 +75,12 @@ def read_prices(
     """open and close of every symbol, in float64. Raises InputError as cluster.candles.bars does."""
     found: dict[str, SymbolPrices] = {}
     for file in find_files(paths):
-        frame = read_frame(file)
+        frame = read_frame(file, symbol_column)
         if {"open", "close"} <= set(frame.columns):
             # Only these two are traded at; what checks candles wants the others as well.
-            frame = frame.assign(**{n: frame["close"] for n in ("high", "low") if n not in frame.columns})
+            pair = frame[["open", "close"]].apply(pd.to_numeric, errors="coerce")  # a text is named further down
+            outer = {"high": pair.max, "low": pair.min}
+            frame = frame.assign(**{name: find(axis=1) for name, find in outer.items() if name not in frame.columns})
         checked = bars_from_frame(frame, str(file), time_column=time_column, symbol_column=symbol_column)
         known = symbol_column in frame.columns
         groups = dict(iter(frame.groupby(frame[symbol_column].astype(str), sort=False))) if known else {}
@@ -90,18 +92,31 @@ def read_prices(
                 )
             own = groups.get(bars.symbol, frame)
             opens, closes = (own[name].to_numpy(np.float64) for name in ("open", "close"))
-            found[bars.symbol] = SymbolPrices(bars.symbol, bars.times, opens, closes)
+            found[bars.symbol] = SymbolPrices(bars.symbol, bars.times, opens, closes, bars.zone)
+    refuse_mixed_zones({prices.symbol: prices.zone for prices in found.values()}, time_column)
     return list(found.values())
 
 
 def prices_of(series: Sequence[SymbolBars]) -> list[SymbolPrices]:
     """What the evaluation's own candles say, in the precision that they are kept in."""
-    return [SymbolPrices(bars.symbol, bars.times, *bars.candles[:, [0, 3]].astype(np.float64).T) for bars in series]
+    found = []
+    for bars in series:
+        opens, closes = bars.candles[:, [0, 3]].astype(np.float64).T
+        found.append(SymbolPrices(bars.symbol, bars.times, opens, closes, bars.zone))
+    return found
 
 
 def read_signals(path: Path, *, time_column: str = "timestamps", symbol_column: str = "symbol") -> pd.DataFrame:
-    """symbol, timestamps, signal of a CSV or Parquet file. Raises InputError for a column that is missing or wrong."""
-    frame = read_frame(path)
+    """symbol, timestamps, signal of a CSV or Parquet file. Raises InputError for a column that is missing or wrong.
+
+    A file without the columns of these names may have symbol and timestamps, as cluster.evaluate writes them, whatever
+    they are called in the prices.
+    """
+    frame = read_frame(path, symbol_column)
+    if symbol_column not in frame.columns and "symbol" in frame.columns:
+        frame, symbol_column = read_frame(path, "symbol"), "symbol"
+    if time_column not in frame.columns and "timestamps" in frame.columns:
+        time_column = "timestamps"
     for column in (symbol_column, time_column, "signal"):
         if column not in frame.columns:
             raise InputError(
@@ -115,10 +130,19 @@ def read_signals(path: Path, *, time_column: str = "timestamps", symbol_column: 
     return frame.rename(columns={symbol_column: "symbol", time_column: "timestamps"})
 
 
-def _decisions(signals: pd.DataFrame, symbols: set[str], warnings: list[str]) -> dict[np.datetime64, dict[str, float]]:
-    """time → symbol → signal. Says how many were left out, and why."""
+def _decisions(
+    signals: pd.DataFrame, symbols: set[str], warnings: list[str], *, zoned: bool
+) -> dict[np.datetime64, dict[str, float]]:
+    """time → symbol → signal. zoned: whether the prices have a time zone. Says how many were left out, and why."""
     unique = pd.Series(signals["timestamps"].unique())
     index = time_index(unique.sort_values(), "timestamps")
+    if index.tz is not None and not zoned:
+        # In UTC they would meet bars of another hour, earlier or later than they are known.
+        raise InputError(
+            "the signals' times have a time zone and those of the prices have none: give both one, or neither",
+            code="mixed_time_zones",
+            column="timestamps",
+        )
     clock = index.tz_convert("UTC").tz_localize(None) if index.tz is not None else index
     times = dict(zip(unique.sort_values(), clock.to_numpy().astype("datetime64[ns]"), strict=True))
     found: dict[np.datetime64, dict[str, float]] = {}
@@ -154,6 +178,7 @@ def run(
 ) -> Backtest:
     """signals: columns symbol, timestamps, signal; a signal is known at the close of the bar of its time.
 
+    Where the prices have a time zone, signals without one are in UTC.
     benchmark: a symbol of series, which is then not traded; (name, levels by time); None: the equal-weight universe,
     rebalanced at every bar. bars_per_year: None takes those of the calendar. Raises InputError.
     """
@@ -169,7 +194,8 @@ def run(
     elif benchmark is not None:
         benchmark, levels = benchmark
     prices = Prices.of(series)
-    ledger = run_ledger(prices, _decisions(signals, set(prices.symbols), warnings), rules)
+    zoned = all(own.zone is not None for own in series)
+    ledger = run_ledger(prices, _decisions(signals, set(prices.symbols), warnings, zoned=zoned), rules)
     warnings += [f"{reason}: {count}" for reason, count in ledger.missed.items()]
     times = prices.times[ledger.first :]
     last_seen = dict(zip(prices.symbols, _last_bars(prices), strict=True))

@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from cluster.bundles.training_record import training_period
+from cluster.candles.bars import read_bars
 from cluster.evaluation.forecasting import ModelChoice, forecast_all
 from cluster.evaluation.scores import INTERVALS, covered
-from cluster.evaluation.walk_forward import WalkForward, Window, pick_windows, read_series
+from cluster.evaluation.walk_forward import WalkForward, Window, pick_windows
 from cluster.evaluation.walk_forward_options import add_walk_forward_arguments, print_progress, walk_forward_of
 from model.calibration import (
     CALIBRATION_FILE,
@@ -253,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{options.model} is no folder on this machine: name the file with --out", code="no_folder"
             )
         setting = validation_setting(choice.folder, walk_forward_of(options))
-        series = read_series(options.data, time_column=options.time_column, symbol_column=options.symbol_column)
+        series = read_bars(options.data, time_column=options.time_column, symbol_column=options.symbol_column)
         windows = pick_windows(series, setting).chosen
         fitted = fit(choice, windows, setting, options.method, workers=options.workers)
         path = options.out or choice.folder / CALIBRATION_FILE

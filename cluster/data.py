@@ -210,8 +210,11 @@ class WindowSet:
         self._report_refused(before)
         if len(self.start) == 0:
             longest = max((len(bars) for bars in split.series), default=0)
+            own = max((len(bars) - split.first_scored(bars) for bars in split.series), default=0)
+            after = f" after the embargo of {split.embargo_bars}" if split.embargo_bars else ""
             raise InputError(
                 f"the {split.name} split has no window of {length} bars: its longest series has {longest}"
+                + (f", of which {max(0, own)} may be scored{after}" if split.begins is not None else "")
                 + (f", and its rules refused {before} windows ({self.refused})" if before else "")
                 + "; give more bars, move the split or take a shorter window",
                 code="too_short",

@@ -22,14 +22,15 @@ import pandas as pd
 
 from cluster import backtest
 from cluster.bundles.training_record import overlap_warning
-from cluster.candles.bars import SymbolBars
+from cluster.candles.bars import SymbolBars, read_bars
 from cluster.evaluation import card_scores, report
 from cluster.evaluation.baselines import EXTRAS, NO_FIT, Baseline, baselines
 from cluster.evaluation.forecasting import ModelChoice, forecast_all
 from cluster.evaluation.leakage import alarms, future_in_inputs, shuffled_labels
+from cluster.evaluation.ledger import Prices
 from cluster.evaluation.metrics import Scored, Table, Truth, overall_verdict
 from cluster.evaluation.scores import Draws
-from cluster.evaluation.walk_forward import WalkForward, Window, Windows, pick_windows, read_series
+from cluster.evaluation.walk_forward import WalkForward, Window, Windows, pick_windows
 from cluster.evaluation.walk_forward_options import add_walk_forward_arguments, print_progress, walk_forward_of
 from cluster.ray_session import ray_session
 from model.calibration import Calibration, load_calibration, usual_bar_seconds
@@ -370,10 +371,22 @@ def _refuse_ignored(options: argparse.Namespace) -> None:
         raise InputError("options of the backtest are given without --top-k: say how many symbols to hold")
 
 
+def _require_writable(folder: Path) -> None:
+    """Raises InputError if the folder could not be made or filled."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise InputError(f"--out {folder} cannot be written to: {nearest} is no folder of yours", code="bad_output")
+
+
 def _run(options: argparse.Namespace) -> None:
     setting = walk_forward_of(options, temperature=options.temperature, top_p=options.top_p)
     rules = backtest.rules_of(options) if options.top_k is not None else None
-    series = read_series(options.data, time_column=options.time_column, symbol_column=options.symbol_column)
+    series = read_bars(options.data, time_column=options.time_column, symbol_column=options.symbol_column)
+    # What cannot be written to or traded is said before the forecasts, which may take hours.
+    _require_writable(options.out.absolute())
+    prices = backtest.prices_of(series) if rules is not None else []
+    if rules is not None:
+        Prices.of(prices)
     choice = ModelChoice(options.model, options.tokenizer, options.device, options.threads)
     parent = None
     if options.parent is not None:
@@ -390,7 +403,7 @@ def _run(options: argparse.Namespace) -> None:
     )
     traded = None
     if rules is not None:
-        traded = backtest.run(backtest.prices_of(series), found.signals(), rules)
+        traded = backtest.run(prices, found.signals(), rules)
         backtest.write(traded, options.out / "backtest")
         found.summary["backtest"] = traded.summary
     report.write(options.out, found, traded)

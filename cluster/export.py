@@ -22,6 +22,7 @@ from cluster.bundles.bundle import (
     REPORT_FILE,
     check_name,
     copy_networks,
+    digest_of_pair,
     new_folder,
     open_bundle,
     pair_sha256,
@@ -37,9 +38,9 @@ from cluster.candles.sources import describe_source
 from cluster.data import describe_splits
 from cluster.redact import redact
 from model.calibration import CALIBRATION_FILE
-from model.checkpoint import resolve_folder
-from model.errors import CheckpointError, InputError, KronosError
-from model.registry import Checkpoint
+from model.checkpoint import WEIGHTS_FILE, resolve_folder
+from model.errors import CheckpointError, CheckpointMismatchError, InputError, KronosError
+from model.registry import Checkpoint, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -121,23 +122,31 @@ def parent_of(training: dict[str, Any], tokenizer: Path) -> dict[str, Any] | Non
     """{"name", "sha256"} of what training began from; None if it began from nothing.
 
     sha256 is that of the pair: the parent's model with the tokenizer beside it, else with the one that the run's
-    tokenizer began from, else with the one that was trained with. It is None where those weights cannot be found.
+    tokenizer began from, else with the one that was trained with. Where those weights are not there any more, or are
+    others by now, it comes from what the run recorded; it is None without such a record.
     """
-    config = training.get("config") or {}
+    config, stages = training.get("config") or {}, training.get("stages") or {}
     began = (config.get("predictor") or {}).get("init_from")
     if began is None:
         return None
     # A tokenizer that was finetuned as well is not the one that the parent had.
     tuned = (config.get("tokenizer") or {}).get("init_from")
+    of_predictor, of_tokenizer = ((stages.get(stage) or {}).get("inputs") or {} for stage in ("predictor", "tokenizer"))
+    known = of_predictor.get("init_from")
+    known_tokenizer = of_predictor.get("tokenizer") if tuned is None else of_tokenizer.get("init_from")
     model = Path(began)
     name = model.parent.name if model.name == "model" else model.as_posix()
     beside = model.parent / "tokenizer"
     try:
         found = resolve_folder(began)
+        if known is not None and sha256_of(found / WEIGHTS_FILE) != known:
+            raise CheckpointMismatchError(f"{began} has other weights now")
         if not beside.is_dir():
             beside = resolve_folder(tuned) if tuned is not None else tokenizer
         return {"name": name, "sha256": pair_sha256(found, beside)}
     except (CheckpointError, OSError) as error:
+        if known and known_tokenizer:
+            return {"name": name, "sha256": digest_of_pair(known, known_tokenizer)}
         logger.warning("the parent %s is not there any more, its sha256 is not recorded: %s", began, error)
         return {"name": name, "sha256": None}
 

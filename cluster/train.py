@@ -28,7 +28,14 @@ from cluster.training.config import STAGES, TokenizerStage, TrainConfig, load_co
 from cluster.training.group import Group
 from cluster.training.lineage import code_drift, inputs_of
 from cluster.training.loop import STOP_FILE, ray_train_loop, run_stage
-from cluster.training.run_folder import copy_network, export, fingerprint, record, remember
+from cluster.training.run_folder import (
+    copy_network,
+    export,
+    fingerprint,
+    nothing_kept_of_a_failed_start,
+    record,
+    remember,
+)
 from model.device import resolve_device
 from model.errors import KronosError
 
@@ -113,6 +120,11 @@ def _ray_for(config: TrainConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Ray Train copies what workers print into its own log, so that every line would come twice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if config.training.ray_address in (None, "local"):
+        # Nothing a user could act on, every second or at every validation: a private cluster has no dashboard to ask,
+        # and what is reported has been printed.
+        noise = "Failed to query Ray Train Controller|Reporting training result"
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", noise)
     with ray_session(config.training.ray_address):
         yield
 
@@ -134,22 +146,24 @@ def _train_stage(config: TrainConfig, stage: str, tokenizer: Path | None, signal
         "directory": str(Path.cwd()),
         "fingerprint": mark,
     }
-    signals.watch(folder / STOP_FILE)
-    if config.training.num_workers == 0:
-        outcome = run_stage(settings, Group(device=resolve_device(placement.device)[0]), lambda metrics: None)
-    else:
-        outcome = _run_on_ray(config, stage, settings, placement)
-    if "error" in outcome:
-        raise outcome["error"]
-    if outcome["stopped"]:
-        (folder / STOP_FILE).unlink(missing_ok=True)
-        logger.warning("%s: stopped at step %d of %d", stage, outcome["steps"], options.steps)
-        signals.came = True
-        signals.check()
+    checkpoints = Checkpoints(folder, mark)
+    with nothing_kept_of_a_failed_start(checkpoints):
+        signals.watch(folder / STOP_FILE)
+        if config.training.num_workers == 0:
+            outcome = run_stage(settings, Group(device=resolve_device(placement.device)[0]), lambda metrics: None)
+        else:
+            outcome = _run_on_ray(config, stage, settings, placement)
+        if "error" in outcome:
+            raise outcome["error"]
+        if outcome["stopped"]:
+            (folder / STOP_FILE).unlink(missing_ok=True)
+            logger.warning("%s: stopped at step %d of %d", stage, outcome["steps"], options.steps)
+            signals.came = True
+            signals.check()
     warnings = [*placement.warnings, *outcome["warnings"], *outcome["refused"]]
     for warning in outcome["warnings"]:
         logger.warning(warning)
-    best = Checkpoints(folder, mark).best()
+    best = checkpoints.best()
     if best is None:
         raise KronosError(f"{folder} holds no checkpoint that is whole: train again under another run.name")
     target = config.run.output / STAGES[stage]

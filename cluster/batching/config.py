@@ -10,7 +10,7 @@ from pathlib import Path
 from cluster.batching.files import Layout
 from cluster.batching.plan import SPREAD_BYTES
 from cluster.batching.symbols import HistoryRules
-from model.calendars import CalendarError, parse_freq
+from model.calendars import CalendarError, parse_freq, require_known
 from model.device import PRECISIONS
 from model.engine.types import WindowPolicy
 from model.errors import InputError
@@ -68,8 +68,10 @@ def check(config: BatchConfig) -> None:
     try:
         if config.rules.freq is not None:
             parse_freq(config.rules.freq)
+        if config.rules.calendar is not None:
+            require_known(config.rules.calendar)
     except CalendarError as error:
-        raise InputError(f"--freq {error}", code=error.code) from None
+        raise InputError(f"--{error.field}: {error}", code=error.code) from None
 
 
 def parse_arguments(arguments: Sequence[str] | None, description: str | None) -> BatchConfig:

@@ -134,15 +134,16 @@ def layout_of(columns: Sequence[str], names: Layout, where: str) -> str:
             )
         return "long" if names.symbol in columns else "single"
     symbols = wide_symbols(columns, names)
-    for symbol in symbols:
-        missing = next((name for name in PRICE_COLUMNS if f"{symbol}.{name}" not in columns), None)
-        if missing is not None:
-            raise InputError(
-                f"{where}: column '{symbol}.{missing}' is missing: a wide table has SYMBOL.open, SYMBOL.high, "
-                "SYMBOL.low and SYMBOL.close for every symbol",
-                code="missing_column",
-                column=f"{symbol}.{missing}",
-            )
+    present = set(columns)
+    missing_of = {s: next((name for name in PRICE_COLUMNS if f"{s}.{name}" not in present), None) for s in symbols}
+    if symbols and all(missing_of.values()):  # else it is the fault of those symbols alone
+        symbol = symbols[0]
+        raise InputError(
+            f"{where}: column '{symbol}.{missing_of[symbol]}' is missing: a wide table has SYMBOL.open, SYMBOL.high, "
+            "SYMBOL.low and SYMBOL.close for every symbol",
+            code="missing_column",
+            column=f"{symbol}.{missing_of[symbol]}",
+        )
     if not symbols:
         raise InputError(
             f"{where}: no candles: give the columns {', '.join(PRICE_COLUMNS)} (one symbol, or many with a column "
@@ -226,5 +227,5 @@ def read_columns(file: str, names: Layout, columns: Sequence[str], wanted: Seque
 def _symbol_is_in(schema: pa.Schema, names: Layout, wanted: Sequence[str]) -> pyarrow.dataset.Expression:
     field = pyarrow.dataset.field(names.symbol)
     texts = field if pa.types.is_string(schema.field(names.symbol).type) else field.cast(pa.string())
-    keep = texts.isin([symbol for symbol in wanted if symbol])
+    keep = texts.isin(pa.array([symbol for symbol in wanted if symbol], pa.string()))
     return keep | field.is_null() | (texts == "") if "" in wanted else keep

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from cluster.batching.files import Layout, layout_of, read_columns, schema_names, unreadable
+from cluster.batching.files import Layout, layout_of, read_columns, schema_names, unreadable, wide_symbols
 from cluster.batching.plan import Unit
 from model.calendars import DAY, CalendarError, future_times, parse_freq
 from model.errors import InputError
@@ -58,6 +58,8 @@ def load_unit(unit: Unit, names: Layout, rules: HistoryRules) -> dict[str, Symbo
                 faults |= dict.fromkeys(_symbols_of(file, layout, unit), fault)
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                 faults |= dict.fromkeys(_symbols_of(file, layout, unit), unreadable(file, error))
+            except Exception as error:
+                faults |= dict.fromkeys(_symbols_of(file, layout, unit), _unexpected(error))
     found: dict[str, SymbolHistory | InputError] = {}
     for symbol in unit.symbols:
         try:
@@ -66,7 +68,14 @@ def load_unit(unit: Unit, names: Layout, rules: HistoryRules) -> dict[str, Symbo
             found[symbol] = symbol_history(symbol, pieces[symbol], names, rules)
         except InputError as fault:
             found[symbol] = fault
+        except Exception as error:
+            found[symbol] = _unexpected(error)
     return found
+
+
+def _unexpected(error: Exception) -> InputError:
+    """What nobody has thought of is an error of its symbols too: the others may be a million, and hours of work."""
+    return InputError(f"{type(error).__name__}: {error}", code="unexpected")
 
 
 def _symbols_of(file: Path, layout: str, unit: Unit) -> Sequence[str]:
@@ -86,19 +95,22 @@ def _read(file: str, layout: str, symbols: Sequence[str], names: Layout) -> Iter
         table = read_columns(file, names, [names.time, names.symbol, *candles], symbols)
         yield from _by_symbol(_frame(table.drop_columns([names.symbol]), names), table.column(names.symbol))
     else:
-        wanted = [symbol for symbol in symbols if f"{symbol}.close" in columns]
+        here = set(wide_symbols(columns, names))
+        wanted = [symbol for symbol in symbols if symbol in here]
         chosen = [f"{symbol}.{name}" for symbol in wanted for name in COLUMNS if f"{symbol}.{name}" in columns]
         table = read_columns(file, names, [names.time, *chosen], None)
         times = _frame(table.select([names.time]), names)
         for symbol in wanted:
             own = [name for name in chosen if name.rpartition(".")[0] == symbol]
-            frame = table.select(own).rename_columns([name.rpartition(".")[2] for name in own]).to_pandas()
+            renamed = table.select(own).rename_columns([name.rpartition(".")[2] for name in own])
+            frame = renamed.to_pandas(ignore_metadata=True)
             yield symbol, times.join(frame)[frame.notna().any(axis=1)].reset_index(drop=True)
 
 
 def _frame(table: pa.Table, names: Layout) -> pd.DataFrame:
     """The table with its times parsed at once, if all of them are of one kind; else each symbol parses its own."""
-    frame = table.to_pandas()
+    # All columns are columns, also those that pandas wrote as the index of its frame.
+    frame = table.to_pandas(ignore_metadata=True)
     times = frame[names.time].dtype
     if not pd.api.types.is_datetime64_any_dtype(times) and not pd.api.types.is_numeric_dtype(times):
         try:

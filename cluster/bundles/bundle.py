@@ -129,8 +129,12 @@ def write_manifest(folder: Path) -> None:
 
 def pair_sha256(model: Path, tokenizer: Path) -> str:
     """What model.registry calls the sha256 of a model and its tokenizer, from their folders."""
-    digests = "".join(sha256_of(folder / WEIGHTS_FILE) for folder in (model, tokenizer))
-    return hashlib.sha256(digests.encode()).hexdigest()
+    return digest_of_pair(*(sha256_of(folder / WEIGHTS_FILE) for folder in (model, tokenizer)))
+
+
+def digest_of_pair(model: str, tokenizer: str) -> str:
+    """The same from the sha256 of both weights files."""
+    return hashlib.sha256((model + tokenizer).encode()).hexdigest()
 
 
 def open_bundle(folder: Path) -> Checkpoint:

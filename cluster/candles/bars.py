@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 
 from model.errors import InputError
 from model.frames import candle_array, time_index, time_marks
@@ -89,14 +90,19 @@ def read_bars(
                 )
             found[bars.symbol] = bars
     series = list(found.values())
-    aware, naive = ([b.symbol for b in series if (b.zone is None) == wanted] for wanted in (False, True))
+    refuse_mixed_zones({bars.symbol: bars.zone for bars in series}, time_column)
+    return series
+
+
+def refuse_mixed_zones(zones: Mapping[str, str | None], time_column: str) -> None:
+    """zones: symbol → time zone, None for a wall clock. Raises InputError if some have one and others have none."""
+    aware, naive = ([symbol for symbol, zone in zones.items() if (zone is None) == wanted] for wanted in (False, True))
     if aware and naive:
         raise InputError(
             f"the times of {aware[0]!r} have a time zone and those of {naive[0]!r} have none: give all of them one",
             code="mixed_time_zones",
             column=time_column,
         )
-    return series
 
 
 def _read_file(file: Path, time_column: str, symbol_column: str) -> list[SymbolBars]:
@@ -110,10 +116,25 @@ def read_frame(file: Path, symbol_column: str = "symbol") -> pd.DataFrame:
         raise InputError(f"{file}: {file.suffix!r} is not read here: give {', '.join(SUFFIXES)}", code="unknown_format")
     try:
         if file.suffix.lower() == ".csv":
-            return pd.read_csv(file, dtype={symbol_column: str})  # 000001 is a name, not a number
-        return pd.read_parquet(file)
+            return _read_csv(file, symbol_column)
+        # All columns are columns, also those that pandas wrote as the index of its frame.
+        return pyarrow.parquet.read_table(file).to_pandas(ignore_metadata=True)
     except (ValueError, OSError) as error:
         raise InputError(f"{file} cannot be read: {error}", code="unreadable_file") from error
+
+
+def _read_csv(file: Path, symbol_column: str) -> pd.DataFrame:
+    frame = pd.read_csv(file, dtype={symbol_column: str})  # 000001 is a name, not a number
+    if symbol_column in frame and frame[symbol_column].isna().any():
+        # NA, NULL and None are names too: only an empty cell names nothing.
+        frame[symbol_column] = pd.read_csv(
+            file, usecols=[symbol_column], dtype=str, keep_default_na=False, na_values=[""]
+        )[symbol_column]
+    # pandas renames the second of two columns of one name: here both keep it, so that they are refused.
+    head = pd.read_csv(file, header=None, nrows=1, dtype=str, keep_default_na=False).iloc[0].tolist()
+    if len(head) == frame.shape[1]:
+        frame.columns = pd.Index([name or known for name, known in zip(head, frame.columns, strict=True)])
+    return frame
 
 
 def bars_from_frame(
@@ -122,10 +143,16 @@ def bars_from_frame(
     """A long-format frame as one SymbolBars per symbol, in order of first appearance. Errors as read_bars."""
     if time_column not in frame.columns:
         raise InputError(
-            f"{name}: column {time_column!r} is missing: give each bar its time, or set data.time_column",
+            f"{name}: column {time_column!r} is missing: give each bar its time, or name its column (--time-column; in "
+            "a training configuration data.source.time_column)",
             code="missing_column",
             column=time_column,
         )
+    for column in (time_column, symbol_column):
+        if isinstance(frame.get(column), pd.DataFrame):
+            raise InputError(
+                f"{name}: column {column!r} is there twice: keep one", code="duplicate_column", column=column
+            )
     if len(frame) == 0:
         raise InputError(f"{name}: there are no rows", code="no_rows")
     if symbol_column not in frame.columns:
@@ -167,9 +194,23 @@ def _symbol_bars(frame: pd.DataFrame, rows: np.ndarray, symbol: str, where: str,
             len(crooked),
             int(rows[np.flatnonzero(crooked)[0]]),
         )
-    times = index.tz_convert("UTC").tz_localize(None) if index.tz is not None else index
+    times = (index.tz_convert("UTC").tz_localize(None) if index.tz is not None else index).to_numpy()
+    if (far := out_of_range(times)).any():
+        place = int(np.flatnonzero(far)[0])
+        raise InputError(
+            f"{where}: {time_column}[{place}] ({index[place]}) is not between the years 1678 and 2261: correct it",
+            code="not_a_time",
+            column=time_column,
+            row=int(rows[place]),
+        )
     zone = None if index.tz is None else str(index.tz)
-    return SymbolBars(symbol, times.to_numpy().astype("datetime64[ns]"), candles, marks, zone)
+    return SymbolBars(symbol, times.astype("datetime64[ns]"), candles, marks, zone)
+
+
+def out_of_range(times: np.ndarray) -> np.ndarray:
+    """bool [...]: the times (datetime64 of any unit) that would become others in nanoseconds; not NaT."""
+    years = times.astype("datetime64[Y]").astype(np.int64) + 1970
+    return ~np.isnat(times) & ((years < 1678) | (years > 2261))
 
 
 def invalid_candles(candles: np.ndarray) -> np.ndarray:

@@ -190,6 +190,22 @@ def _parser(commands: Any) -> argparse.ArgumentParser:
     )
 
 
+def _option_fault(fault: Any) -> str:
+    """One of pydantic's, with the option that it is about; none for what two options contradict each other in."""
+    option = "".join(f"--{name}".replace("_", "-") + f" {fault['input']}: " for name in fault["loc"])
+    return option + fault["msg"].removeprefix("Value error, ")
+
+
+def _bar(text: str) -> pd.Timedelta:
+    try:
+        size = pd.Timedelta(text)
+    except ValueError:
+        size = pd.NaT
+    if not size > pd.Timedelta(0) or text.replace(".", "").isdigit():
+        raise InputError(f"--bar {text!r} must be a length of time such as 5min", code="bad_size")
+    return size
+
+
 def _options(given: argparse.Namespace) -> CheckOptions:
     """Raises InputError for values that make no sense."""
     names = ("validation_from", "test_from", "validation_share", "test_share")
@@ -201,11 +217,9 @@ def _options(given: argparse.Namespace) -> CheckOptions:
     try:
         split = TimeSplit(**moments, embargo_bars=given.embargo_bars) if moments else None
     except ValidationError as error:
-        raise InputError("; ".join(f["msg"].removeprefix("Value error, ") for f in error.errors())) from None
+        raise InputError("; ".join(map(_option_fault, error.errors()))) from None
     if given.bar is not None:
-        bar = pd.Timedelta(given.bar)  # a ValueError says what it did not understand
-        if not bar > pd.Timedelta(0) or given.bar.replace(".", "").isdigit():
-            raise InputError(f"--bar {given.bar!r} must be a length of time such as 5min", code="bad_size")
+        bar = _bar(given.bar)
     for name, least in (("window", 3), ("stride", 1), ("max_gap_bars", 0), ("stagnant_bars", 2), ("jump_sigmas", 0)):
         if (value := getattr(given, name)) is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {value}", code="bad_size")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, field_validator, model_validator
 
 
 class Strict(BaseModel):
@@ -75,11 +75,19 @@ class TimeSplit(Strict):
         return [np.datetime64(m, "ns") for m in (self.validation_from, self.test_from) if m is not None]
 
 
+def _paths(value: Any) -> Any:
+    """Says in one sentence what pydantic would say of each of the two kinds."""
+    several = value if isinstance(value, list | tuple) else [value]
+    if several and all(isinstance(path, Path) or (isinstance(path, str) and path.strip()) for path in several):
+        return value
+    raise ValueError(f"must be a file, a folder, a pattern, or a list of them, not {value!r}")
+
+
 class FileSource(TimeSplit):
     """CSV or Parquet files."""
 
     kind: Literal["file"]
-    path: Path | Annotated[tuple[Path, ...], Field(min_length=1)] = Field(
+    path: Annotated[Path | tuple[Path, ...], BeforeValidator(_paths)] = Field(
         description="a file, a folder, a pattern such as bars/*.parquet, or a list of them"
     )
     time_column: str = "timestamps"

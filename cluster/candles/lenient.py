@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cluster.candles.bars import out_of_range
 from model.types import COLUMNS
 
 PRICES = COLUMNS[:4]
@@ -57,6 +58,11 @@ class RawSeries:
     values: np.ndarray
     zone: str | None
     columns: Sequence[str]
+
+
+def _nanoseconds(times: np.ndarray) -> np.ndarray:
+    """datetime64[ns] [T]; NaT where there are no such nanoseconds."""
+    return np.where(out_of_range(times), np.datetime64("NaT"), times).astype("datetime64[ns]")
 
 
 class Lenient:
@@ -115,10 +121,13 @@ class Lenient:
             parsed = index.tz_convert("UTC").tz_localize(None) if index.tz is not None else index
         else:
             parsed, zone = self._parse(column.astype("string"), file)
-        times = parsed.to_numpy().astype("datetime64[ns]")
+        times = _nanoseconds(parsed.to_numpy())
         bad = np.flatnonzero(np.isnat(times))
         if len(bad):
-            text = f"{len(bad)} times are missing or not ISO 8601, the first is {column.iloc[bad[0]]!r}"
+            text = (
+                f"{len(bad)} times are missing, not ISO 8601, or not between the years 1678 and 2261, the first is "
+                f"{str(column.iloc[bad[0]])!r}"
+            )
             remedy = "give every bar its time, such as 2024-01-31 15:30:00"
             self._fault("not_a_time", text, remedy, file, column=self.time_column, rows=bad.tolist())
         return times, zone
@@ -143,10 +152,10 @@ class Lenient:
                 rows=other.tolist(),
             )
         parsed = pd.Series(pd.NaT, index=text.index, dtype="datetime64[ns]")
-        parsed[~aware] = pd.to_datetime(text[~aware], format="ISO8601", errors="coerce")
+        parsed[~aware] = _nanoseconds(pd.to_datetime(text[~aware], format="ISO8601", errors="coerce").to_numpy())
         if aware.any():
             in_utc = pd.to_datetime(text[aware], format="ISO8601", utc=True, errors="coerce")
-            parsed[aware] = in_utc.dt.tz_localize(None)
+            parsed[aware] = _nanoseconds(in_utc.dt.tz_localize(None).to_numpy())
         return pd.DatetimeIndex(parsed), (None if usual == "none" else usual)
 
     def _values(self, frame: pd.DataFrame, file: str) -> np.ndarray:

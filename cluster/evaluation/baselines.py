@@ -56,7 +56,7 @@ def seasonal_naive(season: int) -> Baseline:
     """The price of one season ago, with the spread that such forecasts had in the history.
 
     season: bars. The spread grows with √(seasons ahead) (Forecasting: Principles and Practice, 5.5). The forecaster
-    raises InputError for histories of fewer than season + 2 bars.
+    raises InputError for histories of fewer than season + 2 bars, or that never move.
     """
 
     def forecast(close: np.ndarray, horizon: int) -> Normal:
@@ -70,7 +70,10 @@ def seasonal_naive(season: int) -> Baseline:
         steps = np.arange(1, horizon + 1)
         close = np.asarray(close, dtype=np.float64)
         repeated = close[len(close) - season + (steps - 1) % season]
-        spread = _root_mean_square(close[season:] - close[:-season])
+        _root_mean_square(np.diff(close))
+        # Of a history that repeats itself exactly, the rounding of float32 prices is what is left to be wrong by.
+        rounding = float(np.finfo(np.float32).eps * np.abs(close).max())
+        spread = max(float(np.sqrt(np.mean((close[season:] - close[:-season]) ** 2))), rounding)
         return Normal(repeated, spread * np.sqrt((steps - 1) // season + 1))
 
     return forecast

@@ -54,12 +54,16 @@ class Rules:
 
 @dataclass(frozen=True)
 class SymbolPrices:
-    """times datetime64[ns] [T]; opens, closes float64 [T]: as they were read, because a ledger is exact."""
+    """times datetime64[ns] [T]; opens, closes float64 [T]: as they were read, because a ledger is exact.
+
+    zone: the times' own, which are in UTC then; None for a wall clock.
+    """
 
     symbol: str
     times: np.ndarray
     opens: np.ndarray
     closes: np.ndarray
+    zone: str | None = None
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from cluster.candles.bars import SymbolBars, read_bars
+from cluster.candles.bars import SymbolBars
 from model.calibration import usual_bar_seconds
 from model.engine.types import WindowPolicy
 from model.errors import InputError
@@ -82,18 +81,6 @@ class Windows:
 
     chosen: list[Window]
     left_out: dict[str, int] = field(default_factory=dict)
-
-
-def read_series(
-    paths: Sequence[str | Path], *, time_column: str = "timestamps", symbol_column: str = "symbol"
-) -> list[SymbolBars]:
-    """cluster.candles.bars.read_bars for command lines: what it says of a column names the option too."""
-    try:
-        return read_bars(paths, time_column=time_column, symbol_column=symbol_column)
-    except InputError as error:
-        if error.code != "missing_column" or error.column != time_column:
-            raise
-        raise InputError(f"{error} (--time-column)", code=error.code, column=error.column) from error
 
 
 def season_length(bars: SymbolBars) -> int:

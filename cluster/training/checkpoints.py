@@ -102,6 +102,11 @@ class Checkpoints:
                 scored.append((manifest["metrics"][_SCORE], folder))
         return next(self._valid(folder for _, folder in sorted(scored)), None)
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is no checkpoint at all, not even one that would be refused."""
+        return not self._folders()
+
     def _folders(self) -> list[Path]:
         """In order of their steps."""
         if not self.folder.is_dir():

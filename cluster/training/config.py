@@ -60,6 +60,14 @@ CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto), _
 Workers = Annotated[int | tuple[int, int], PlainValidator(_workers), _AsItIs]
 
 
+_NOT_OF_THIS_KIND = {
+    "tuple_type": "must be a list, as in [a, b]",
+    "model_type": "must be a section of keys and values",
+    "model_attributes_type": "must be a section of keys and values",
+}
+"""pydantic's kind of fault → what to say instead: who writes YAML knows no tuples and no classes."""
+
+
 class TokenizerShape(Strict):
     """Keyword arguments of model.KronosTokenizer."""
 
@@ -245,8 +253,8 @@ class TrainingConfig(Strict):
 
     @property
     def without_effect(self) -> tuple[str, ...]:
-        """Keys of Ray's workers that are not at their defaults although there are none: num_workers is 0."""
-        given = (name for name in RAY_ONLY if getattr(self, name) != TrainingConfig.model_fields[name].default)
+        """Keys of Ray's workers that were given although there are none: num_workers is 0."""
+        given = (name for name in RAY_ONLY if name in self.model_fields_set and getattr(self, name) is not None)
         return tuple(given) if self.num_workers == 0 else ()
 
 
@@ -357,7 +365,15 @@ def parse_config(raw: dict[str, Any]) -> TrainConfig:
     try:
         return TrainConfig.model_validate(raw)
     except ValidationError as error:
-        faults = [_describe(raw, fault) for fault in error.errors()]
+        found = error.errors()
+        # A list whose only item is at fault counts as empty, too: that says nothing.
+        faults = [
+            _describe(raw, fault)
+            for fault in found
+            if not any(
+                len(other["loc"]) > (n := len(fault["loc"])) and other["loc"][:n] == fault["loc"] for other in found
+            )
+        ]
         raise InputError("configuration: " + "; ".join(faults), code="bad_config") from None
 
 
@@ -365,7 +381,7 @@ def _describe(raw: dict[str, Any], fault: Any) -> str:
     path = [part for part in fault["loc"] if part not in SOURCE_KINDS]
     name = ".".join(str(part) for part in path) or "the file"
     if fault["type"] != "extra_forbidden":
-        return f"{name}: {fault['msg'].removeprefix('Value error, ')}"
+        return f"{name}: {_NOT_OF_THIS_KIND.get(fault['type'], fault['msg'].removeprefix('Value error, '))}"
     if path[0] == "run" and path[-1] in TrainingConfig.model_fields:
         return f"{name} is not a key: it stands at training.{path[-1]}"
     known = _known_keys(TrainConfig, [str(part) for part in fault["loc"][:-1]])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.candles.bars import SymbolBars
-from cluster.data import load_splits
+from cluster.data import SplitBars, load_splits
 from cluster.train import train
 from cluster.training.config import RAY_ONLY, STAGES, TrainConfig, parse_config
 from cluster.training.loggers import logger_packages
@@ -31,11 +31,11 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
     """Yields a line for each thing that has worked; raises what the run would raise. Leaves no files."""
     since = time.monotonic()
     logger_packages(config.logging)  # they are there; a trial is no run to show to a tracking server
-    splits = load_splits(config.data)
-    sizes = ", ".join(f"{name} {sum(len(bars) for bars in split.series):,} bars" for name, split in splits.items())
-    yield f"data: {len(splits['train'].series)} symbols, {sizes}"
     with tempfile.TemporaryDirectory(prefix="kronos-dry-run-") as folder:
         small = _small(config, Path(folder))
+        splits = load_splits(small.data)
+        sizes = ", ".join(f"{name} {_own_bars(split):,} bars" for name, split in splits.items())
+        yield f"data: {len(splits['train'].series)} symbols, {sizes}"
         made = train(small, command="dry run")
         yield f"trained {STEPS} steps a phase of {', '.join(made)}, saved"
         digests = {stage: sha256_of(path / WEIGHTS_FILE) for stage, path in made.items()}
@@ -47,14 +47,23 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
     yield f"dry run: ok, {time.monotonic() - since:.1f} s"
 
 
+def _own_bars(split: SplitBars) -> int:
+    """Bars that the split may score; a later split also reads those before it."""
+    return sum(max(0, len(bars) - split.first_scored(bars)) for bars in split.series)
+
+
 def _small(config: TrainConfig, folder: Path) -> TrainConfig:
     """Two steps of every phase, since each has a window and a batch of its own, and little validation; without Ray."""
     raw = config.model_dump(mode="json")
     raw["run"] |= {"storage": str(folder / "runs"), "output": str(folder / "out")}
     raw["logging"]["loggers"] = []
-    if raw["training"]["num_workers"] != 0:  # the GPUs are the cluster's, and need not be this machine's
+    if raw["data"]["source"].get("cache") is not None:
+        raw["data"]["source"]["cache"] = str(folder / "cache")
+    on_ray = raw["training"]["num_workers"] != 0
+    if on_ray:  # the GPUs are the cluster's, and need not be this machine's
         raw["training"] |= {"num_workers": 0, "require_gpu": False}
-        for key in RAY_ONLY:
+    for key in RAY_ONLY:
+        if on_ray or key not in config.training.without_effect:
             del raw["training"][key]
     for stage in STAGES:
         if raw[stage] is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import yaml
 from cluster.bundles.training_record import TRAINING_FILE
 from cluster.files import write_atomically
 from cluster.redact import redact
-from cluster.training.checkpoints import Saved
+from cluster.training.checkpoints import Checkpoints, Saved
 from cluster.training.config import STAGES, Stage, TrainConfig
 from cluster.training.lineage import parent_of
+from cluster.training.memory import SIZES_FILE
 from cluster.training.stages import make_task
 from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, resolve_folder
 from model.errors import InputError
@@ -51,6 +54,18 @@ def remember(config: TrainConfig, stage: str, inputs: dict[str, Any], folder: Pa
                 code="run_exists",
             )
     write_atomically(path, yaml.safe_dump(redact(now), sort_keys=False))
+
+
+@contextmanager
+def nothing_kept_of_a_failed_start(checkpoints: Checkpoints) -> Iterator[None]:
+    """Whoever corrects a configuration that failed before its first checkpoint may do so under the same run.name."""
+    try:
+        yield
+    except BaseException:
+        if checkpoints.empty:
+            for name in (CONFIG_COPY, SIZES_FILE):
+                (checkpoints.folder / name).unlink(missing_ok=True)
+        raise
 
 
 def fingerprint(config: TrainConfig, stage: str, inputs: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from cluster import backtest
-from cluster.backtest import run
+from cluster.backtest import read_prices, read_signals, run
 from cluster.evaluation.ledger import Prices, Rules, SymbolPrices, run_ledger
 from model.errors import InputError
 
@@ -282,3 +282,52 @@ def test_the_command_writes_and_refuses(tmp_path, capsys):
     pd.DataFrame({"symbol": ["A"], "when": [DAYS[0]], "signal": [1.0]}).to_csv(tmp_path / "signals.csv", index=False)
     assert backtest.main(command) == 2
     assert "column 'timestamps' is missing" in capsys.readouterr().err
+
+
+def test_signals_of_an_evaluation_meet_prices_with_other_column_names(tmp_path, capsys):
+    """000001 is a name in both, whatever its column is called, and no bar is called crooked for what it lacks."""
+    rows = [(s, day, *pair) for s in ("000001", "600000") for day, pair in zip(DAYS, FIVE_DAYS["A"], strict=True)]
+    pd.DataFrame(rows, columns=["ticker", "time", "open", "close"]).to_csv(tmp_path / "prices.csv", index=False)
+    table = signals_of({0: {"000001": 3, "600000": 2}})
+    table.to_csv(tmp_path / "signals.csv", index=False)
+    names = {"time_column": "time", "symbol_column": "ticker"}
+    assert [own.symbol for own in read_prices([tmp_path / "prices.csv"], **names)] == ["000001", "600000"]
+    assert read_signals(tmp_path / "signals.csv", **names)["symbol"].tolist() == ["000001", "600000"]
+    command = ["--signals", str(tmp_path / "signals.csv"), "--prices", str(tmp_path / "prices.csv"), "--top-k", "1"]
+    command += ["--time-column", "time", "--symbol-column", "ticker", "--out", str(tmp_path / "out")]
+    assert backtest.main(command) == 0
+    assert "without prices" not in capsys.readouterr().err
+    table.rename(columns={"symbol": "ticker", "timestamps": "time"}).to_csv(tmp_path / "signals.csv", index=False)
+    assert read_signals(tmp_path / "signals.csv", **names)["symbol"].tolist() == ["000001", "600000"]
+
+
+def test_prices_of_open_and_close_alone_are_not_called_crooked(tmp_path, caplog):
+    rows = [("A", day, *pair) for day, pair in zip(DAYS, FIVE_DAYS["A"], strict=True)]
+    pd.DataFrame(rows, columns=["symbol", "timestamps", "open", "close"]).to_csv(tmp_path / "prices.csv", index=False)
+    assert len(read_prices([tmp_path / "prices.csv"])) == 1
+    assert caplog.text == ""
+    rows[2] = ("A", DAYS[2], "n.a.", 12)
+    pd.DataFrame(rows, columns=["symbol", "timestamps", "open", "close"]).to_csv(tmp_path / "prices.csv", index=False)
+    with pytest.raises(InputError, match="column 'open' holds"):
+        read_prices([tmp_path / "prices.csv"])
+
+
+def test_signals_with_a_time_zone_do_not_meet_prices_without_one(tmp_path):
+    """A close at 15:00 in Shanghai is 07:00 in UTC: it would trade before it is known."""
+    rows = [("A", day, *pair) for day, pair in zip(DAYS, FIVE_DAYS["A"], strict=True)]
+    frame = pd.DataFrame(rows, columns=["symbol", "timestamps", "open", "close"])
+    zoned = frame.assign(timestamps=frame["timestamps"].dt.tz_localize("Asia/Shanghai"))
+    frame.to_csv(tmp_path / "A.csv", index=False)
+    zoned.assign(symbol="B").to_csv(tmp_path / "B.csv", index=False)
+    signals = signals_of({0: {"A": 1.0, "B": 1.0}})
+    aware = signals.assign(timestamps=signals["timestamps"].dt.tz_localize("Asia/Shanghai"))
+    rules = Rules(top_k=1, drop_n=1)
+    for given in (aware, aware.assign(timestamps=aware["timestamps"].map(str))):
+        with pytest.raises(InputError, match="give both one, or neither"):
+            run(read_prices([tmp_path / "A.csv"]), given, rules)
+        assert run(read_prices([tmp_path / "B.csv"]), given, rules).summary["trades"] == 1
+    with pytest.raises(InputError, match="give all of them one"):
+        read_prices([tmp_path / "A.csv", tmp_path / "B.csv"])
+    in_utc = signals.assign(timestamps=signals["timestamps"] - pd.Timedelta("8h"))  # as an evaluation writes them
+    found = [run(read_prices([tmp_path / "B.csv"]), given, rules).equity for given in (aware, in_utc)]
+    pd.testing.assert_frame_equal(*found)

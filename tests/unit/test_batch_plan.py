@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cluster.batching.config import check, parse_arguments
 from cluster.batching.files import Layout, Source, find_files, layout_of, scan, wide_symbols
 from cluster.batching.plan import Unit, partition, plan_spread, plan_units, spread_file
 from cluster.batching.symbols import HistoryRules, load_unit
@@ -100,6 +101,21 @@ def test_nothing_readable_is_an_error(tmp_path):
     (tmp_path / "a.csv").unlink()
     with pytest.raises(InputError, match="no rows"):
         scan(find_files([str(tmp_path)]), NAMES)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--calendar", "XNYZ", r"--calendar: unknown calendar 'XNYZ': .*XNYS"),
+        ("--freq", "often", "--freq: must be a number and one of s, min"),
+    ],
+)
+def test_a_calendar_or_a_bar_that_does_not_exist_is_refused_before_anything_starts(option, value, message):
+    """Else every symbol of a long run would end with the same error, in an output that keeps the wrong name."""
+    given = ["--input", "x", "--output", "y", "--horizon", "4"]
+    check(parse_arguments([*given, "--calendar", "24/7", "--freq", "5min"], None))
+    with pytest.raises(InputError, match=message):
+        check(parse_arguments([*given, option, value], None))
 
 
 def test_every_symbol_is_in_one_unit_with_all_of_its_files():

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cluster.batching.files import Layout
+from cluster.batching import symbols as symbols_module
+from cluster.batching.files import Layout, scan
 from cluster.batching.plan import Unit
 from cluster.batching.symbols import HistoryRules, future_index, load_unit, symbol_history
 from model.errors import InputError
@@ -143,3 +144,50 @@ def test_wide_and_long_tables_give_the_same_histories(tmp_path):
             np.testing.assert_array_equal(found[0][symbol].series.marks, other[symbol].series.marks)
             assert found[0][symbol].future.equals(other[symbol].future)
     assert len(found[0]["B.X"].series.candles) == 25
+
+
+def test_a_parquet_file_whose_times_are_its_index(tmp_path):
+    candles().set_index("timestamps").to_parquet(tmp_path / "A.parquet")
+    candles().to_parquet(tmp_path / "B.parquet")
+    unit = Unit(("A", "B"), tuple((str(tmp_path / f"{name}.parquet"), "single") for name in "AB"))
+    found = load_unit(unit, NAMES, HistoryRules(4))
+    np.testing.assert_array_equal(found["A"].series.candles, found["B"].series.candles)
+    assert found["A"].future.equals(found["B"].future)
+
+
+@pytest.mark.parametrize("missing", ["low", "close"])
+def test_a_symbol_of_a_wide_table_that_lacks_a_price_costs_itself_alone(tmp_path, missing):
+    wide = candles().add_prefix("A.").rename(columns={"A.timestamps": "timestamps"})
+    wide = wide.join(candles().drop(columns=["timestamps", missing]).add_prefix("B."))
+    wide.to_csv(tmp_path / "wide.csv", index=False)
+    [source] = scan([tmp_path / "wide.csv"], NAMES)
+    assert (source.layout, source.symbols, source.fault) == ("wide", ("A", "B"), None)
+    found = load_unit(Unit(source.symbols, ((source.path, source.layout),)), NAMES, HistoryRules(4))
+    assert len(found["A"].series.candles) == 40
+    assert (found["B"].code, found["B"].column) == ("missing_column", missing)
+
+
+def test_rows_without_a_symbol_alone_in_a_unit_say_so(tmp_path):
+    candles().assign(symbol=None).to_parquet(tmp_path / "x.parquet")
+    [source] = scan([tmp_path / "x.parquet"], NAMES)
+    found = load_unit(Unit(source.symbols, ((source.path, source.layout),)), NAMES, HistoryRules(4))
+    assert {symbol: fault.code for symbol, fault in found.items()} == {"": "missing_symbol"}
+
+
+@pytest.mark.parametrize("place", ["symbol_history", "read_columns"])
+def test_what_nobody_has_thought_of_costs_the_symbol_alone(tmp_path, monkeypatch, place):
+    """A defect in our own code, which an actor would die of at every try, with all the symbols after it."""
+    real = getattr(symbols_module, place)
+
+    def broken(*arguments):
+        if "BAD" in str(arguments[0]):
+            raise ZeroDivisionError("nobody knows")
+        return real(*arguments)
+
+    monkeypatch.setattr(symbols_module, place, broken)
+    for name in ("GOOD", "BAD"):
+        candles().to_parquet(tmp_path / f"{name}.parquet")
+    unit = Unit(("BAD", "GOOD"), tuple((str(tmp_path / f"{name}.parquet"), "single") for name in ("BAD", "GOOD")))
+    found = load_unit(unit, NAMES, HistoryRules(4))
+    assert len(found["GOOD"].series.candles) == 40
+    assert (found["BAD"].code, str(found["BAD"])) == ("unexpected", "ZeroDivisionError: nobody knows")

@@ -219,6 +219,9 @@ def test_windows_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="longest series has 100") as caught:
         WindowSet(SplitBars("train", series_of()), 101)
     assert caught.value.code == "too_short"
+    cut = split_by_time(series_of(), [np.datetime64("2024-01-03")], embargo_bars=60)  # row 48 of 100
+    with pytest.raises(InputError, match="longest series has 100, of which 0 may be scored after the embargo of 60;"):
+        WindowSet(cut["validation"], 20, min_context=4)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

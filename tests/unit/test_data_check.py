@@ -185,6 +185,35 @@ def test_tables_that_are_not_bars(tmp_path, change, code, column):
     assert "fine" in [symbol.symbol for symbol in report.symbols]
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("zone", ["", "Z"])
+def test_a_year_that_nobody_means_is_a_fault_of_its_row(tmp_path, capsys, suffix, zone):
+    """0024 for 2024: in nanoseconds it would be another time, without a word."""
+    frame = good(40)
+    texts = frame["timestamps"].dt.strftime("%Y-%m-%dT%H:%M:%S") + zone
+    texts[0] = texts[0].replace("2024", "0024")
+    if suffix == ".parquet":
+        texts = pd.to_datetime(texts, format="ISO8601")
+    path = write(frame.assign(timestamps=texts), tmp_path / f"A{suffix}")
+    report = check([path])
+    assert found(report)["not_a_time"].rows == [0]
+    assert report.symbols[0].first.startswith("2024-01-01 01:00:00")
+    assert run(capsys, path)[0] == 1
+    with pytest.raises(InputError, match="not between the years 1678 and 2261") as caught:
+        read_bars(path)
+    assert (caught.value.code, caught.value.row) == ("not_a_time", 0)
+
+
+def test_a_csv_with_a_column_twice(tmp_path, capsys):
+    rows = good(40).to_csv(index=False).splitlines()
+    path = tmp_path / "A.csv"
+    path.write_text("\n".join([rows[0] + ",close", *(row + ",1.0" for row in rows[1:])]))
+    status, printed = run(capsys, path)
+    assert status == 1
+    assert "duplicate_column" in printed.out
+    assert "'close' is there twice" in printed.out
+
+
 def test_what_cannot_be_read_does_not_stop_the_rest(tmp_path, capsys):
     (tmp_path / "broken.parquet").write_bytes(b"not parquet")
     frame, _ = plant(good())
@@ -320,6 +349,23 @@ def test_options_that_make_no_sense(tmp_path, capsys, arguments):
     status, printed = run(capsys, path, *arguments)
     assert status == 2
     assert printed.err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--validation-share", "1.2"], "--validation-share 1.2: Input should be less than 1"),
+        (["--validation-share", "0.2", "--embargo-bars", "-1"], "--embargo-bars -1: "),
+        (["--validation-from", "soon"], "--validation-from soon: "),
+        (["--validation-share", "0.6", "--test-share", "0.6"], "validation_share and test_share leave nothing"),
+        (["--bar", "soon"], "--bar 'soon' must be a length of time"),
+    ],
+)
+def test_an_option_at_fault_is_named(tmp_path, capsys, arguments, named):
+    path = write(good(60), tmp_path / "A.csv")
+    status, printed = run(capsys, path, "--window", 10, *arguments)
+    assert status == 2
+    assert printed.err.startswith(f"error: {named}")
 
 
 def test_memory_and_totals(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from cluster import calibration
 from cluster import evaluate as command
-from cluster.candles.bars import SymbolBars, bars_from_frame, frame_from_bars
+from cluster.candles.bars import SymbolBars, bars_from_frame, frame_from_bars, read_bars
 from cluster.evaluate import evaluate
 from cluster.evaluation import baselines as baseline_module
 from cluster.evaluation import report
@@ -20,7 +20,7 @@ from cluster.evaluation.charts import line_chart
 from cluster.evaluation.forecasting import ModelChoice
 from cluster.evaluation.leakage import alarms, future_in_inputs, shuffled_labels
 from cluster.evaluation.metrics import Table
-from cluster.evaluation.walk_forward import WalkForward, pick_windows, read_series
+from cluster.evaluation.walk_forward import WalkForward, pick_windows
 from model.calibration import CALIBRATION_FILE, Calibration, load_calibration
 from model.errors import InputError
 from model.registry import CheckpointSource, load_checkpoint
@@ -354,6 +354,19 @@ def test_the_command_names_what_is_wrong(tmp_path, bundle, capsys, frame, more, 
     assert not (tmp_path / "out").exists()
 
 
+def test_what_cannot_be_traded_or_written_is_said_before_the_forecasts(tmp_path, bundle, capsys):
+    """Which may take hours, and would be lost."""
+    frame = frame_from_bars(random_walks(1, 120))
+    frame.to_csv(tmp_path / "bars.csv", index=False)
+    (tmp_path / "file").touch()
+    assert command.main(arguments(bundle, tmp_path / "bars.csv", tmp_path / "file/out")) == 2
+    assert capsys.readouterr().err.startswith("error: --out")
+    frame.loc[3, ["open", "low"]] = 0.0
+    frame.to_csv(tmp_path / "bars.csv", index=False)
+    assert command.main(arguments(bundle, tmp_path / "bars.csv", tmp_path / "out", "--top-k", "1")) == 2
+    assert capsys.readouterr().err.startswith("error: symbol 'S0', 2024")  # no progress came before it
+
+
 def test_a_bundle_is_calibrated_on_the_bars_that_are_named(tmp_path, golden, capsys):
     """fit → calibration.json in the bundle → an evaluation that reports both coverages."""
     for part in ("model", "tokenizer"):
@@ -405,4 +418,4 @@ def test_missing_files_are_named(tmp_path, capsys):
     for name in ("a.csv", "b.csv"):
         frame_from_bars(random_walks(1, 9)).to_csv(tmp_path / name, index=False)
     with pytest.raises(InputError, match="in another file too"):
-        read_series([tmp_path])
+        read_bars([tmp_path])

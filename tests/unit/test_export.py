@@ -241,6 +241,21 @@ def test_a_parent_that_is_gone_is_said_to_be_gone(run_output, parent, tmp_path):
     assert "the weights are gone" in (tmp_path / "models/mine/README.md").read_text()
 
 
+@pytest.mark.parametrize("fate", ["gone", "replaced"])
+def test_a_parent_that_is_another_by_now_is_known_by_the_record(run_output, parent, tmp_path, fate):
+    """Whoever promotes to the folder that a finetune began from changes no lineage; nor does another current folder."""
+    expected = pair_sha256(parent / "model", parent / "tokenizer")
+    digests = {part: sha256_of(parent / part / "model.safetensors") for part in ("model", "tokenizer")}
+    inputs = {"data": "0" * 64, "init_from": digests["model"], "tokenizer": digests["tokenizer"]}
+    change_record(run_output, lambda record: record["stages"]["predictor"].update(inputs=inputs))
+    shutil.rmtree(parent)
+    if fate == "replaced":
+        shutil.copytree(run_output, parent)
+    export(run_output, tmp_path / "mine")
+    record = json.loads((tmp_path / "mine/training.json").read_text())
+    assert record["parent"] == {"name": "parent", "sha256": expected}
+
+
 def test_a_tokenizer_that_was_finetuned_too_is_not_the_parents(run_output, parent, tmp_path):
     """Without one beside the parent's model: the parent is the pair that both finetunes began from."""
     expected = pair_sha256(parent / "model", parent / "tokenizer")

@@ -237,6 +237,21 @@ def test_the_same_name_with_another_configuration_is_refused(parent, tmp_path, c
     assert "another run.seed: choose another run.name" in capsys.readouterr().err
 
 
+def test_a_start_that_failed_is_corrected_under_the_same_name(parent, tmp_path, capsys):
+    """Nothing was trained, so that there is nothing another configuration could be mixed up with."""
+    long = [{"steps": 4, "window": 500, "batch_size": "auto"}]
+    wrong = write_yaml(finetune_config(parent, tmp_path, phases=long), tmp_path / "wrong")
+    assert main(["--config", str(wrong)]) == 2
+    assert "has no window of 501 bars" in capsys.readouterr().err
+    hot = finetune_config(parent, tmp_path, steps=4, optimisation={"learning_rate": 1e30, "max_skipped": 0})
+    assert main(["--config", str(write_yaml(hot, tmp_path))]) == 2
+    assert "lower" in capsys.readouterr().err
+    right = write_yaml(finetune_config(parent, tmp_path, steps=4), tmp_path)
+    assert main(["--config", str(right)]) == 0
+    assert main(["--config", str(wrong)]) == 2, "now there is something"
+    assert "choose another run.name" in capsys.readouterr().err
+
+
 def test_what_a_finetune_leaves_behind(parent, tmp_path, monkeypatch, caplog):
     """A bundle with both networks; parent, data, method, device and what was given up, on record."""
     monkeypatch.setattr("model.device.cuda_available", lambda: False)
@@ -303,6 +318,22 @@ def test_dry_run(parent, tmp_path, figure, method, capsys, caplog):
     assert "without effect" not in caplog.text
     assert sorted(tmp_path.rglob("*")) == before
     figure(f"{method}: {lines[-1]}", "under 20 s, no file left")
+
+
+def test_a_dry_run_counts_each_split_once_and_leaves_no_cache(parent, tmp_path, capsys, caplog):
+    frame_from_bars(simulate(3, 1, 200)).to_csv(tmp_path / "bars.csv", index=False)
+    config = finetune_config(parent, tmp_path).model_dump(mode="json", exclude_unset=True)
+    shares = {"validation_share": 0.2, "test_share": 0.1}
+    config["data"]["source"] = {"kind": "file", "path": str(tmp_path / "bars.csv"), "cache": str(tmp_path / "cache")}
+    config["data"]["source"] |= shares
+    config["training"]["max_failures"] = 1
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert main(["--config", str(path), "--dry-run"]) == 0
+    assert "data: 1 symbols, train 140 bars, validation 40 bars, test 20 bars\n" in capsys.readouterr().out
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bars.csv", "config.yaml"]
+    assert "training.max_failures=1 is without effect" in caplog.text
+    assert "ray_address" not in caplog.text
 
 
 @pytest.mark.verify("V20")

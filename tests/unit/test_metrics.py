@@ -264,6 +264,12 @@ def test_baselines_are_their_formulas():
 def test_baselines_refuse_what_they_cannot_do():
     with pytest.raises(InputError, match="5 bars needs 7 bars"):
         seasonal_naive(5)(np.arange(6.0), 1)
+    with pytest.raises(InputError, match="never moves"):
+        seasonal_naive(2)(np.full(9, 5.0), 1)
+    exact = seasonal_naive(3)(np.tile([100.0, 101.0, 103.0], 4), 4)  # nothing but rounding is left of its spread
+    np.testing.assert_array_equal(exact.centre, [100, 101, 103, 100])
+    assert (exact.std > 0).all()
+    assert exact.crps(exact.centre).max() < 1e-5
     with pytest.raises(InputError, match="always moves alike"):
         drift(np.arange(1.0, 9), 2)
     with pytest.raises(InputError, match="never moves"):

@@ -67,6 +67,51 @@ def test_symbols_keep_their_leading_zeros(tmp_path):
     assert [bars.symbol for bars in read_bars(tmp_path / "bars.csv")] == ["000001"]
 
 
+def test_symbols_that_pandas_takes_for_nothing_are_names(tmp_path):
+    names = ["NA", "NULL", "None", "nan", "000001"]
+    pd.concat([frame(symbol=name) for name in names]).to_csv(tmp_path / "x.csv", index=False)
+    assert [bars.symbol for bars in read_bars(tmp_path / "x.csv")] == names
+    spoiled = frame(symbol="NA").astype({"symbol": object})
+    spoiled.loc[3, "symbol"] = ""
+    spoiled.to_csv(tmp_path / "x.csv", index=False)
+    with pytest.raises(InputError, match="row 3 is missing") as caught:
+        read_bars(tmp_path / "x.csv")
+    assert caught.value.code == "missing_symbol"
+
+
+@pytest.mark.parametrize("index", [["timestamps"], ["symbol", "timestamps"]])
+def test_columns_that_pandas_wrote_as_its_index_are_columns(tmp_path, index):
+    frame(symbol="A").set_index(index).to_parquet(tmp_path / "x.parquet")
+    frame(symbol="A").to_parquet(tmp_path / "plain.parquet")
+    found, plain = (read_bars(tmp_path / name)[0] for name in ("x.parquet", "plain.parquet"))
+    assert found.symbol == plain.symbol == "A"
+    for part in ("times", "candles", "marks"):
+        np.testing.assert_array_equal(getattr(found, part), getattr(plain, part))
+
+
+@pytest.mark.parametrize("column", ["timestamps", "symbol", "close"])
+def test_a_csv_with_a_column_twice_is_refused(tmp_path, column):
+    rows = frame(symbol="A").to_csv(index=False).splitlines()
+    (tmp_path / "x.csv").write_text("\n".join([f"{rows[0]},{column}", *(f"{row},7" for row in rows[1:])]))
+    with pytest.raises(InputError, match=f"'{column}' is there twice") as caught:
+        read_bars(tmp_path / "x.csv")
+    assert (caught.value.code, caught.value.column) == ("duplicate_column", column)
+
+
+def test_the_key_that_names_the_time_column_is_one(tmp_path):
+    """What the error of a missing time column says to set is set."""
+    frame().rename(columns={"timestamps": "when"}).to_csv(tmp_path / "x.csv", index=False)
+    config = {
+        "run": {"name": "x", "output": "out"},
+        "data": {"source": {"kind": "file", "path": str(tmp_path / "x.csv"), "validation_share": 0.3}},
+        "tokenizer": {"phases": [{"steps": 101, "window": 16, "batch_size": 2}]},
+    }
+    with pytest.raises(InputError, match=r"--time-column; .* data\.source\.time_column\)"):
+        load_splits(parse_config(config).data)
+    config["data"]["source"]["time_column"] = "when"
+    assert len(load_splits(parse_config(config).data)["train"].series[0]) == 21
+
+
 def test_times_with_and_without_a_zone_do_not_mix(tmp_path):
     frame().to_parquet(tmp_path / "naive.parquet")
     aware = frame()

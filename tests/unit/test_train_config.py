@@ -79,12 +79,27 @@ def raw_config(**changes):
         ({"data__source__validation_seed": 1}, "must differ from seed"),
         ({"data__source__kind": "internet"}, r"data\.source: .* expected tags"),
         ({"predictor__phases": []}, r"predictor\.phases: .* at least 1 item"),
+        ({"logging": {"loggers": "wandb"}}, r"^configuration: logging\.loggers: must be a list"),
+        ({"run": "x"}, r"run: must be a section of keys and values$"),
     ],
 )
 def test_faults_name_the_key(changes, message):
     with pytest.raises(InputError, match=message) as caught:
         parse_config(raw_config(**changes))
     assert caught.value.code == "bad_config"
+
+
+def test_one_fault_in_a_list_or_a_path_is_said_once():
+    changes = {"tokenizer__phases": [{"steps": "x", "window": 16, "batch_size": 2}], "tokenizer__optimisation": {}}
+    with pytest.raises(InputError) as caught:
+        parse_config(raw_config(**changes))
+    expected = "tokenizer.phases.0.steps: Input should be a valid integer, unable to parse string as an integer"
+    assert str(caught.value) == f"configuration: {expected}"
+    for path in (None, "", 5, [], ["a.csv", None]):
+        with pytest.raises(InputError) as caught:
+            parse_config(raw_config(data__source={"kind": "file", "path": path, "validation_share": 0.2}))
+        expected = f"data.source.path: must be a file, a folder, a pattern, or a list of them, not {path!r}"
+        assert str(caught.value) == f"configuration: {expected}"
 
 
 def test_a_predictor_needs_a_tokenizer():
@@ -186,6 +201,8 @@ def test_what_a_run_without_ray_does_not_read_is_a_warning():
     [warning] = placement.place_here(TrainingConfig(**here, **ignored)).warnings
     assert "training.ray_address=head:6379 and training.max_failures=3 are without effect" in warning
     assert "set training.num_workers to 1 or more" in warning
+    [warning] = placement.place_here(TrainingConfig(**here, max_failures=1, ray_address=None)).warnings
+    assert "training.max_failures=1 is without effect" in warning, "what was written down counts, if only the default"
     on_ray = TrainingConfig(device="cpu", num_workers=1, **ignored)
     assert placement.place_workers(on_ray, [{"CPU": 4.0}]).warnings == ()
 
