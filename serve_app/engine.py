@@ -87,6 +87,7 @@ class EngineFactory:
     def __call__(self, alias: str, settings: ModelConfig) -> Candidate:
         """Blocks until the checkpoint is read and verified. Raises model.errors.CheckpointError."""
         from model.device import resolve_device
+        from model.engine.packing import copies_of_weights
         from model.registry import BUNDLED_FOLDER, CheckpointSource, load_checkpoint
 
         checkpoint = load_checkpoint(
@@ -136,8 +137,7 @@ class EngineFactory:
         )
         options = {"compile": True} if self._settings.compile else {}
         return Candidate(
-            # On the CPU the engine holds the weights a second time, packed for its kernels.
-            size=weights * (2 if device.type == "cpu" else 1) + cache_bytes,
+            size=weights * (1 + copies_of_weights(checkpoint.model, facts.precision, device)) + cache_bytes,
             start=lambda: engine(cache_bytes, **options),
             rehearse=lambda: engine(min(cache_bytes, REHEARSAL_CACHE_BYTES)),
         )

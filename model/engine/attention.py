@@ -6,6 +6,7 @@ S paths, H heads, d head width, P bars of history in the window, L bars that eac
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +17,34 @@ class SequenceCache:
     """Keys and values of one stack of layers for one request, in a range of the arena.
 
     The history's part is shared by all paths and never copied; every path appends to a part of its own. A single path
-    has nothing to share: its bars follow the history in one part, which takes fewer and larger operations.
+    has nothing to share: its bars follow the history in one part, which takes fewer and larger operations. Single paths
+    of several requests that have as many bars each are computed as one batch: see together().
+
+    paths: S.
     """
 
-    def __init__(self, memory: Tensor, layers: int, width: int, history: int, paths: int, own: int) -> None:
-        """memory: a 1-D view of size() elements. history, own: bars that either part can hold."""
-        self._width, self._paths, self._single = width, paths, paths == 1
+    def __init__(
+        self,
+        memory: Tensor,
+        layers: int,
+        width: int,
+        history: int,
+        paths: int,
+        own: int,
+        batch: int = 1,
+        apart: int = 0,
+    ) -> None:
+        """memory: a 1-D view of size() elements. history, own: bars that either part can hold.
+
+        batch: single paths of which `memory` is the first, each `apart` elements after the one before.
+        """
+        self._width, self.paths, self._single, self._batch = width, paths, paths == 1, batch
         self._own_capacity = 0 if self._single else own
         self._history_capacity = history + own if self._single else history
-        split = layers * 2 * self._history_capacity * width
-        self._history = memory[:split].view(layers, 2, self._history_capacity * width)
+        part = self._history_capacity * width
+        split = layers * 2 * part
+        self._memory = memory
+        self._history = memory.as_strided((layers, 2, batch, part), (2 * part, part, apart, 1))
         self._own = memory[split:].view(layers, 2, paths * self._own_capacity * width)
         self._views: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self.history_length = 0
@@ -48,15 +67,30 @@ class SequenceCache:
         own = self._own.storage_offset() // self._width
         return history, self._history_capacity, self.history_length, own, self._own_capacity, self.own_length
 
+    def _follows(self, other: SequenceCache) -> int:
+        """How many elements after the other's its memory lies; 0 if the two cannot be computed together."""
+        alike = self._single and other._single and self._history.shape == other._history.shape
+        if not alike or (self.history_length, self.own_length) != (other.history_length, other.own_length):
+            return 0
+        return max(0, int(self._history.storage_offset()) - int(other._history.storage_offset()))
+
+    @classmethod
+    def _batched(cls, caches: Sequence[SequenceCache]) -> SequenceCache:
+        first = caches[0]
+        layers, capacity, apart = first._history.shape[0], first._history_capacity, caches[1]._follows(first)
+        batch = cls(first._memory, layers, first._width, capacity, 1, 0, len(caches), apart)
+        batch.history_length, batch.own_length = first.history_length, first.own_length
+        return batch
+
     def clear(self) -> None:
         """Forgets all bars: the window has moved."""
         self.history_length = self.own_length = 0
 
     def _layer(self, layer: int, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keys and values of the history [1, H, bars, d] and of the paths [S, H, bars, d]; heads is the layer's."""
+        """Keys and values of the history [1 or batch, H, bars, d] and of the paths [S, H, bars, d]."""
         if layer not in self._views:
-            history = (1, heads, self._history_capacity, self._width // heads)
-            own = (self._paths, heads, self._own_capacity, self._width // heads)
+            history = (self._batch, heads, self._history_capacity, self._width // heads)
+            own = (self.paths, heads, self._own_capacity, self._width // heads)
             self._views[layer] = (
                 self._history[layer, 0].view(history),
                 self._history[layer, 1].view(history),
@@ -133,6 +167,21 @@ class SequenceCache:
             by_path = weights[..., bars:].reshape(heads, paths, new, own).transpose(0, 1)
             mixed.append((by_path @ own_values[:, :, :own]).float())
         return mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
+
+
+def together(caches: Sequence[SequenceCache]) -> list[tuple[SequenceCache, int]]:
+    """(cache, how many of the given it stands for), in their order: neighbours that one operation can serve become one.
+
+    It holds for the step at hand: what is written through it is theirs, and the lengths stay each one's own.
+    """
+    runs: list[list[SequenceCache]] = []
+    for cache in caches:
+        apart = cache._follows(runs[-1][-1]) if runs else 0
+        if apart and (len(runs[-1]) == 1 or apart == runs[-1][1]._follows(runs[-1][0])):
+            runs[-1].append(cache)
+        else:
+            runs.append([cache])
+    return [(run[0] if len(run) == 1 else SequenceCache._batched(run), len(run)) for run in runs]
 
 
 def _write(keys: Tensor, values: Tensor, first: int, k: Tensor, v: Tensor) -> None:

@@ -29,20 +29,35 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
+STREAMED_WEIGHTS = 2**23
+"""A network with more in its linear layers, 32 MiB of fp32, reads them from memory at every step, not from a cache."""
+
+
 class PackedLinear(nn.Module):
     """x W^T + b with oneDNN's packed weight in fp32 or bf16; input and output are fp32."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, *, streamed: bool = False) -> None:
+        """streamed: also keep the weight as it is, for products of one or two rows."""
         super().__init__()
         self.dtype = dtype
+        self.plain = linear.weight.detach().clone() if streamed and dtype is torch.float32 else None
         weight = linear.weight.detach().to(dtype).contiguous()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.plain is not None and x.numel() <= 2 * x.shape[-1]:
+            return self._of_few_rows(x, self.plain)
         if self.dtype is torch.float32:  # the common case without two conversions that do nothing, at 3 µs
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, "none", [], "").float()
+
+    def _of_few_rows(self, x: Tensor, weight: Tensor) -> Tensor:
+        """As W X^T with two columns, which reads W from memory almost twice as fast as oneDNN or MKL with one row."""
+        rows = x.reshape(-1, x.shape[-1])
+        pair = (rows if len(rows) == 2 else rows.repeat(2, 1)).t()
+        product = weight @ pair if self.bias is None else torch.addmm(self.bias[:, None], weight, pair)
+        return product.t()[: len(rows)].reshape(*x.shape[:-1], -1).contiguous()
 
 
 class CastLinear(nn.Module):
@@ -196,16 +211,28 @@ def packed(network: nn.Module, precision: str, device: torch.device, *, for_comp
     if obstacle is not None:
         raise ValueError(obstacle)
     twin = copy.deepcopy(network).requires_grad_(False).eval()
-    _replace_linears(twin, _pack_for(precision, device, for_compiler))
+    _replace_linears(twin, _pack_for(precision, device, for_compiler, streamed=_is_streamed(twin)))
     return twin
 
 
-def _pack_for(precision: str, device: torch.device, for_compiler: bool) -> Pack:
+def copies_of_weights(network: nn.Module, precision: str, device: torch.device) -> int:
+    """How many times the engine holds a network's weights beside the network itself, at most."""
+    if device.type != "cpu":
+        return 0
+    return 2 if precision == "fp32" and _is_streamed(network) else 1
+
+
+def _is_streamed(network: nn.Module) -> bool:
+    weights = sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, nn.Linear))
+    return weights > STREAMED_WEIGHTS
+
+
+def _pack_for(precision: str, device: torch.device, for_compiler: bool, *, streamed: bool) -> Pack:
     if precision == "int8":
         return Int8Linear
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and not for_compiler:
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        return lambda linear: PackedLinear(linear, dtype)
+        return lambda linear: PackedLinear(linear, dtype, streamed=streamed)
     return CastLinear if precision == "bf16" else (lambda linear: linear)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.engine.attention import SequenceCache
+from model.engine.attention import SequenceCache, together
 from model.engine.graphs import GraphedSteps, StepInput, place
 from model.engine.kv_cache import Block
 from model.engine.packing import packed
@@ -309,19 +309,22 @@ class Runner:
         x = (self._model.embedding(newest[:, 0], newest[:, 1]) + self._newest_times(lanes))[:, None]
         positions = self._per_row(lanes, [lane.end - 1 - lane.start for lane in lanes])
 
+        caches = _caches(lanes)
+
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return _by_lane(lanes, lambda lane, *qkv: lane.cache.attend_own(layer, *qkv), q, k, v)
+            return _by_cache(caches, lambda cache, *qkv: cache.attend_own(layer, *qkv), q, k, v)
 
         context, keys, values = self._step.advance(x, positions, attend)
-        rows = [lane.request.rows for lane in lanes]
-        for lane, newest, k, v in zip(lanes, *(t.split(rows) for t in (context, keys, values)), strict=True):
+        counts = [rows for _, rows in caches]
+        for (cache, _), k, v in zip(caches, keys.split(counts), values.split(counts), strict=True):
+            cache.write_own(self._cross_layer, k, v)
+        for lane, newest in zip(lanes, context.split([lane.request.rows for lane in lanes]), strict=True):
             lane.context = newest
-            lane.cache.write_own(self._cross_layer, k, v)
             lane.cache.own_length += 1
 
     def _recall(self, lanes: Sequence[Lane], q: Tensor) -> Tensor:
         """The cross-attention: q [R, 4, 1, d] over all bars that its lane has cached."""
-        return _by_lane(lanes, lambda lane, q: lane.cache.attend_seen(self._cross_layer, q), q)
+        return _by_cache(_caches(lanes), lambda cache, q: cache.attend_seen(self._cross_layer, q), q)
 
     def _newest_times(self, lanes: Sequence[Lane]) -> Tensor:
         """Time embeddings of the lanes' newest bars [R, D]."""
@@ -403,9 +406,15 @@ class Runner:
         return self._tokenizer.post_quant_embed(quantized)
 
 
-def _by_lane(lanes: Sequence[Lane], attend: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-    """Attention of each lane's rows over its own cache, put together again."""
-    if len(lanes) == 1:
-        return attend(lanes[0], *rows)
-    counts = [lane.request.rows for lane in lanes]
-    return torch.cat([attend(*part) for part in zip(lanes, *(t.split(counts) for t in rows), strict=True)])
+def _caches(lanes: Sequence[Lane]) -> list[tuple[SequenceCache, int]]:
+    """(cache, its rows) of all lanes, in their order; lanes that one operation can serve have one in common."""
+    # Only single paths are joined, so rows are paths or lanes.
+    return [(cache, max(cache.paths, count)) for cache, count in together([lane.cache for lane in lanes])]
+
+
+def _by_cache(caches: Sequence[tuple[SequenceCache, int]], attend: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """Attention of each cache's rows over it, put together again."""
+    if len(caches) == 1:
+        return attend(caches[0][0], *rows)
+    parts = zip(*(t.split([count for _, count in caches]) for t in rows), strict=True)
+    return torch.cat([attend(cache, *part) for (cache, _), part in zip(caches, parts, strict=True)])

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.device import precision_obstacle
-from model.engine import graphs, runner
+from model.engine import graphs, packing, runner
+from model.engine.attention import SequenceCache
 from model.engine.engine import Engine
 from model.engine.packing import Int8Linear
 from model.engine.scheduler import BYPASS_LIMIT
@@ -164,7 +165,7 @@ def test_without_a_compiler_steps_run_eagerly_and_say_so(tiny, series_of, monkey
     def broken(*arguments, **options):
         raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr(torch._inductor, "compile", broken)
+    monkeypatch.setattr("torch._inductor.compile", broken)
     running = engine(tiny, compile_rows=(1,), precision="int8" if cause == "int8" else "fp32")
     [warning] = running.warnings
     assert "torch.compile is off" in warning
@@ -505,7 +506,7 @@ def test_a_compiled_step_that_fails_later_is_computed_eagerly(tiny, series_of, m
 
         return compiled
 
-    monkeypatch.setattr(torch._inductor, "compile", compile_for_one_call)
+    monkeypatch.setattr("torch._inductor.compile", compile_for_one_call)
     running = engine(tiny, compile_rows=(4,))
     assert running.warnings == ()
     request = Request(series_of(0, 20, 6), Sampling(samples=3, seed=1))
@@ -554,3 +555,51 @@ def test_decoding_a_large_result_leaves_the_others_their_steps(tiny, series_of, 
     assert dropped.state is State.CANCELLED
     assert running.running_rows() == 1
     running.check_integrity()
+
+
+def test_single_paths_with_as_many_bars_are_computed_as_one_batch(tiny, series_of, monkeypatch):
+    """Whoever leaves, slides or has more paths between them: each has the plain loop's tokens."""
+    sizes = []
+    batched = SequenceCache._batched
+
+    def counted(caches):
+        sizes.append(len(caches))
+        return batched(caches)
+
+    monkeypatch.setattr(SequenceCache, "_batched", counted)
+    running = engine(tiny, max_context=48)
+    shapes = [(40 * i, 30, 40) for i in range(6)]  # their windows slide, all in the same step
+    requests = [Request(series_of(*shape), Sampling(seed=i)) for i, shape in enumerate(shapes)]
+    requests[2] = Request(series_of(*shapes[2]), Sampling(samples=2, seed=2))
+    steps = []
+    requests[4].on_step = steps.append
+    requests[4].should_stop = lambda: len(steps) >= 7
+    running.run(requests)
+    running.check_integrity()
+    assert requests[4].state is State.CANCELLED
+    # Two before the one with two paths, three after it, until one of these left a gap.
+    assert set(sizes) == {2, 3}
+    for request in requests[:4] + requests[5:]:
+        np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 48)[0])
+
+
+def test_weights_that_are_read_from_memory_give_the_plain_loops_tokens(tiny, series_of, monkeypatch):
+    """Products of one and two rows, which large networks compute from weights that are not packed."""
+    monkeypatch.setattr(packing, "STREAMED_WEIGHTS", 0)
+    running = engine(tiny, max_context=64)
+    requests = [Request(series_of(100 * s, 50, 30), Sampling(samples=s, seed=s)) for s in (1, 2, 3)]
+    for request in requests:
+        running.run([request])
+        np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 64)[0])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 24), (2, 24), (1, 1, 24), (2, 1, 24), (1, 2, 24), (3, 24)])
+def test_few_rows_are_the_layers(shape, bias):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(24, 40, bias=bias)
+    x = torch.randn(shape)
+    with torch.inference_mode():
+        found = packing.PackedLinear(linear, torch.float32, streamed=True)(x)
+        torch.testing.assert_close(found, linear(x))
+        assert found.is_contiguous()

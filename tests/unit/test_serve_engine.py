@@ -39,7 +39,7 @@ def test_a_compiler_that_fails_is_said_in_every_answer(golden, monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr("torch._inductor.compile", broken)
     engine = make_engine(config(golden, groups={"cpu": {"compile": True}}))
     assert "torch.compile is off" in engine.device.device_warning
     assert np.isfinite(engine.forecast(warm_up_series(), Sampling(seed=0)).values).all()
