@@ -67,18 +67,20 @@ def test_steps_in_pieces_end_at_the_weights_of_whole_ones(tokenizer_folder):
 
 
 @pytest.mark.verify("V19")
-@pytest.mark.parametrize("stage", ["predictor", "tokenizer"])
-def test_bf16_ends_where_fp32_does(tokenizer_folder, monkeypatch, figure, stage):
+@pytest.mark.parametrize(("stage", "runs"), [("predictor", 1), ("tokenizer", 5)])
+def test_bf16_ends_where_fp32_does(tokenizer_folder, monkeypatch, figure, stage, runs):
+    """On average over runs: where codes flip, a last bit moves the end of one tokenizer by up to 0.03 either way."""
     # A CPU without the instructions computes the same, only slower: what is tested here are the numbers.
     monkeypatch.setattr(precision, "precision_obstacle", lambda name, device: None)
-    losses = {}
-    for name in ("fp32", "bf16"):
-        worker = make_worker(tokenizer_folder, stage, training={"precision": name}, steps=200)
+    losses = {"fp32": 0.0, "bf16": 0.0}
+    for name, seed in itertools.product(losses, range(runs)):
+        worker = make_worker(tokenizer_folder, stage, training={"precision": name}, steps=200, seed=seed)
         before = worker.validate()["validation_loss"]
         for _ in range(200):
             worker.train_step()
-        losses[name] = worker.validate()["validation_loss"]
-        assert losses[name] < before - 0.02
+        after = worker.validate()["validation_loss"]
+        losses[name] += after / runs
+        assert after < before - 0.02
         assert {p.dtype for p in worker.task.network.parameters()} == {torch.float32}
     gap = abs(losses["bf16"] - losses["fp32"])
     figure(f"{stage}: loss after 200 steps fp32 {losses['fp32']:.4f}, bf16 {losses['bf16']:.4f}", "within 0.02")
