@@ -168,9 +168,10 @@ def place_when_free(
 
 def _name_what_others_hold(place: ActorPlacement, best: ActorPlacement) -> ActorPlacement:
     """A fallback that only the others' use explains is never silent: what is free shows no GPU to miss."""
-    if place.kind == best.kind or place.warnings:
+    if place.kind == best.kind:
         return place
-    return replace(place, warnings=(f"the cluster's {best.kind} devices are in use by others; using {place.kind!r}",))
+    held = f"the cluster's {best.kind} devices are in use by others; using {place.kind!r}"
+    return replace(place, warnings=(*place.warnings, held))
 
 
 def place_actors(

@@ -116,6 +116,10 @@ def test_others_are_not_waited_for_without_an_end():
     on_cpu = place_beside_others({"CPU": 4.0, "GPU": 1.0}, [{"CPU": 4.0, "GPU": 0.0}], patience_s=0.2)
     assert on_cpu.kind == "cpu"
     assert "using 'cpu'" in on_cpu.warnings[0]
+    # Also beside another warning, that fewer actors fit there.
+    fewer_on_cpu = place_beside_others({"CPU": 4.0, "GPU": 2.0}, [{"CPU": 1.0, "GPU": 0.0}], patience_s=0.2, actors=2)
+    assert "2 actors were requested and 1 fit" in fewer_on_cpu.warnings[0]
+    assert "using 'cpu'" in fewer_on_cpu.warnings[1]
 
 
 def test_nothing_is_waited_for_that_the_cluster_does_not_have():
