@@ -88,6 +88,7 @@ class EngineFactory:
         """Blocks until the checkpoint is read and verified. Raises model.errors.CheckpointError."""
         from model.device import resolve_device
         from model.engine.packing import copies_of_weights
+        from model.predictor import COMPILED_ROWS
         from model.registry import BUNDLED_FOLDER, CheckpointSource, load_checkpoint
 
         checkpoint = load_checkpoint(
@@ -136,8 +137,10 @@ class EngineFactory:
             tensor.nbytes for network in (checkpoint.model, checkpoint.tokenizer) for tensor in network.parameters()
         )
         options = {"compile": True} if self._settings.compile else {}
+        compiled = len(COMPILED_ROWS) if options else 0
+        copies = copies_of_weights(checkpoint.model, facts.precision, device, compiled)
         return Candidate(
-            size=weights * (1 + copies_of_weights(checkpoint.model, facts.precision, device)) + cache_bytes,
+            size=weights * (1 + copies) + cache_bytes,
             start=lambda: engine(cache_bytes, **options),
             rehearse=lambda: engine(min(cache_bytes, REHEARSAL_CACHE_BYTES)),
         )

@@ -215,11 +215,14 @@ def packed(network: nn.Module, precision: str, device: torch.device, *, for_comp
     return twin
 
 
-def copies_of_weights(network: nn.Module, precision: str, device: torch.device) -> int:
-    """How many times the engine holds a network's weights beside the network itself, at most."""
+def copies_of_weights(network: nn.Module, precision: str, device: torch.device, compiled: int = 0) -> int:
+    """How many times the engine holds a network's weights beside the network itself, at most.
+
+    compiled: steps that are (EngineConfig.compile_rows), each with weights packed for it and those they are made of.
+    """
     if device.type != "cpu":
         return 0
-    return 2 if precision == "fp32" and _is_streamed(network) else 1
+    return (2 if precision == "fp32" and _is_streamed(network) else 1) + 2 * compiled
 
 
 def _is_streamed(network: nn.Module) -> bool:

@@ -88,3 +88,13 @@ def test_what_an_engine_will_need(golden):
     weights = sum((golden / part / "model.safetensors").stat().st_size for part in ("model", "tokenizer"))
     # Twice the weights, but for headers and buffers, and the cache.
     assert candidate.size == pytest.approx(2 * weights + 2**29, rel=0.01)
+
+
+def test_the_budget_counts_what_compiling_keeps(golden):
+    """Each compiled number of rows packs the weights anew."""
+
+    def size(**settings):
+        made = config(golden, groups={"cpu": settings})
+        return EngineFactory(made, "cpu")("tiny", made.models["tiny"]).size
+
+    assert size(compile=True) > size()
