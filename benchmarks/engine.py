@@ -10,7 +10,8 @@ only our times are measured. "compiled" is fp32, and "bf16-compiled" bf16, with 
 variant that this machine cannot compute is left out and named. On a GPU the variants are fp32, bf16, and both without
 CUDA graphs.
 
-Results go to benchmarks/results/DATE-DEVICE.json with the command that made them.
+Results go to benchmarks/results/DATE-engine-DEVICE.json with the command that made them; those of some shapes only,
+which have no mixed stream, to a file that names the shapes.
 """
 
 from __future__ import annotations
@@ -70,10 +71,6 @@ CASES = [
     ("mini", 1900, 112, 1, 1, "exact"),
     ("base", 400, 112, 1, 1, "exact"),
 ]
-
-
-PAUSE_S = 0.3
-"""Before a sample: the threads of whoever computed last spin for a while."""
 
 
 class PublicImplementation:
@@ -159,7 +156,6 @@ def compare(options: argparse.Namespace, shape: str, device: torch.device) -> li
                 if public:
                     public_times.append(public.estimate(series * samples, history, horizon, CONTEXT[shape]))
                 for variant, engine in engines.items():
-                    time.sleep(PAUSE_S)
                     times[variant].append(our_seconds(engine, history, horizon, series, samples, window))
             row: dict[str, Any] = {
                 "case": f"{shape} {history}/{horizon}, {series} × {samples}, {window}",

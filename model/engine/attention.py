@@ -19,8 +19,6 @@ class SequenceCache:
     The history's part is shared by all paths and never copied; every path appends to a part of its own. A single path
     has nothing to share: its bars follow the history in one part, which takes fewer and larger operations. Single paths
     of several requests that have as many bars each are computed as one batch: see together().
-
-    paths: S.
     """
 
     def __init__(
@@ -38,7 +36,7 @@ class SequenceCache:
 
         batch: single paths of which `memory` is the first, each `apart` elements after the one before.
         """
-        self._width, self.paths, self._single, self._batch = width, paths, paths == 1, batch
+        self._width, self._paths, self._single, self._batch = width, paths, paths == 1, batch
         self._own_capacity = 0 if self._single else own
         self._history_capacity = history + own if self._single else history
         part = self._history_capacity * width
@@ -54,6 +52,11 @@ class SequenceCache:
     def size(layers: int, width: int, history: int, paths: int, own: int) -> int:
         """Elements of the arena that such a cache takes."""
         return layers * 2 * width * (history + paths * own)
+
+    @property
+    def rows(self) -> int:
+        """Of a step: paths of one request, or single paths of several."""
+        return self._paths * self._batch
 
     def place(self) -> tuple[int, ...]:
         """Where the parts lie: first element, capacity and length of the history, the same of the paths' own bars.
@@ -90,7 +93,7 @@ class SequenceCache:
         """Keys and values of the history [1 or batch, H, bars, d] and of the paths [S, H, bars, d]."""
         if layer not in self._views:
             history = (self._batch, heads, self._history_capacity, self._width // heads)
-            own = (self.paths, heads, self._own_capacity, self._width // heads)
+            own = (self._paths, heads, self._own_capacity, self._width // heads)
             self._views[layer] = (
                 self._history[layer, 0].view(history),
                 self._history[layer, 1].view(history),
@@ -169,8 +172,8 @@ class SequenceCache:
         return mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
 
 
-def together(caches: Sequence[SequenceCache]) -> list[tuple[SequenceCache, int]]:
-    """(cache, how many of the given it stands for), in their order: neighbours that one operation can serve become one.
+def together(caches: Sequence[SequenceCache]) -> list[SequenceCache]:
+    """The caches of a step in their order, neighbours that one operation can serve as one.
 
     It holds for the step at hand: what is written through it is theirs, and the lengths stay each one's own.
     """
@@ -181,7 +184,7 @@ def together(caches: Sequence[SequenceCache]) -> list[tuple[SequenceCache, int]]
             runs[-1].append(cache)
         else:
             runs.append([cache])
-    return [(run[0] if len(run) == 1 else SequenceCache._batched(run), len(run)) for run in runs]
+    return [run[0] if len(run) == 1 else SequenceCache._batched(run) for run in runs]
 
 
 def _write(keys: Tensor, values: Tensor, first: int, k: Tensor, v: Tensor) -> None:

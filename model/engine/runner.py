@@ -315,8 +315,8 @@ class Runner:
             return _by_cache(caches, lambda cache, *qkv: cache.attend_own(layer, *qkv), q, k, v)
 
         context, keys, values = self._step.advance(x, positions, attend)
-        counts = [rows for _, rows in caches]
-        for (cache, _), k, v in zip(caches, keys.split(counts), values.split(counts), strict=True):
+        counts = [cache.rows for cache in caches]
+        for cache, k, v in zip(caches, keys.split(counts), values.split(counts), strict=True):
             cache.write_own(self._cross_layer, k, v)
         for lane, newest in zip(lanes, context.split([lane.request.rows for lane in lanes]), strict=True):
             lane.context = newest
@@ -406,15 +406,13 @@ class Runner:
         return self._tokenizer.post_quant_embed(quantized)
 
 
-def _caches(lanes: Sequence[Lane]) -> list[tuple[SequenceCache, int]]:
-    """(cache, its rows) of all lanes, in their order; lanes that one operation can serve have one in common."""
-    # Only single paths are joined, so rows are paths or lanes.
-    return [(cache, max(cache.paths, count)) for cache, count in together([lane.cache for lane in lanes])]
+def _caches(lanes: Sequence[Lane]) -> list[SequenceCache]:
+    return together([lane.cache for lane in lanes])
 
 
-def _by_cache(caches: Sequence[tuple[SequenceCache, int]], attend: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+def _by_cache(caches: Sequence[SequenceCache], attend: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """Attention of each cache's rows over it, put together again."""
     if len(caches) == 1:
-        return attend(caches[0][0], *rows)
-    parts = zip(*(t.split([count for _, count in caches]) for t in rows), strict=True)
-    return torch.cat([attend(cache, *part) for (cache, _), part in zip(caches, parts, strict=True)])
+        return attend(caches[0], *rows)
+    counts = [cache.rows for cache in caches]
+    return torch.cat([attend(*part) for part in zip(caches, *(t.split(counts) for t in rows), strict=True)])

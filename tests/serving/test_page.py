@@ -1,7 +1,6 @@
 """The page at / in a real browser: Chromium, where the machine has one."""
 
 import shutil
-import time
 
 import httpx
 import pytest
@@ -34,12 +33,18 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture
-def page(browser):
+def shows(browser, wait):
+    """(element, words): waits until the element shows the words."""
+    return lambda name, words: wait(lambda: words in text(browser, name), 30, 0.05)
+
+
+@pytest.fixture
+def page(browser, shows):
     """url → the page there, open and filled in."""
 
     def opened(url):
         browser.get(f"{url}/")
-        shows(browser, "state", "Ready.")
+        shows("state", "Ready.")
         browser.get_log("browser")  # what other tests provoked
         return browser
 
@@ -48,14 +53,6 @@ def page(browser):
 
 def text(browser, name):
     return browser.find_element(By.ID, name).text
-
-
-def shows(browser, name, words, timeout_s=30):
-    """Waits until the element shows the words."""
-    end = time.monotonic() + timeout_s
-    while words not in text(browser, name):
-        assert time.monotonic() < end, f"{name} shows {text(browser, name)!r}, not {words!r}"
-        time.sleep(0.05)
 
 
 def fill(browser, **values):
@@ -73,46 +70,42 @@ def points(browser, name):
     return (browser.find_element(By.ID, name).get_attribute("d") or "").count("L")
 
 
-def test_a_forecast_is_drawn(page, applications):
+def test_a_forecast_is_drawn(page, shows, applications):
     browser = page(applications["real"])
     fill(browser, horizon=12, samples=4)
     press(browser, "go")
-    shows(browser, "said", "tiny on cpu")
+    shows("said", "tiny on cpu")
     assert points(browser, "history") == 95
     assert points(browser, "median") == 12
     assert points(browser, "band") == 23  # twelve highs, and twelve lows back
-    shows(browser, "replicas", "← answered")
+    shows("replicas", "← answered")
     # The favicon aside, which browsers ask for by themselves, nothing is missing and nothing has failed.
     severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert [entry for entry in severe if "favicon" not in entry["message"]] == []
 
 
-def test_bars_appear_while_later_ones_are_computed_and_stop_stops(page, applications):
+def test_bars_appear_while_later_ones_are_computed_and_stop_stops(page, shows, wait, applications):
     browser = page(applications["slow"])
     fill(browser, horizon=400, samples=3)
     press(browser, "go")
-    shows(browser, "said", " of 400 bars")
+    shows("said", " of 400 bars")
     assert 0 < points(browser, "median") < 400
     press(browser, "stop")
-    shows(browser, "said", "Stopped.")
-    end = time.monotonic() + 10
-    while any(
-        replica["running_rows"] for replica in httpx.get(f"{applications['slow']}/v1/replicas").json()["replicas"]
-    ):
-        assert time.monotonic() < end, "the replica goes on computing"
-        time.sleep(0.1)
+    shows("said", "Stopped.")
+    replicas = f"{applications['slow']}/v1/replicas"
+    wait(lambda: not any(replica["running_rows"] for replica in httpx.get(replicas).json()["replicas"]), 10)
 
 
-def test_what_is_refused_is_said(page, applications):
+def test_what_is_refused_is_said(page, shows, applications):
     browser = page(applications["real"])
     fill(browser, horizon=100000)
     press(browser, "go")
-    shows(browser, "said", "at most 512 bars")
+    shows("said", "at most 512 bars")
 
 
-def test_devices_and_warnings_are_shown_on_a_phone(page, applications):
+def test_devices_and_warnings_are_shown_on_a_phone(page, shows, applications):
     browser = page(applications["real"])
-    shows(browser, "replicas", "cpu")
+    shows("replicas", "cpu")
     replicas = httpx.get(f"{applications['real']}/v1/replicas").json()["replicas"]
     shown = text(browser, "replicas")
     assert all(replica["replica_id"] in shown and replica["device"] in shown for replica in replicas)
