@@ -6,7 +6,10 @@ A closed loop (send, wait, send) asks less of a server that is slow, and then me
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -92,6 +95,17 @@ def digest(answer: bytes) -> str:
     return hashlib.sha256(answer.partition(b'"series":')[2] or answer).hexdigest()[:16]
 
 
+def go_first() -> None:
+    """Gives this process the processor whenever it asks for it, where the system lets it; what it starts, as usual.
+
+    The clients that it stands for are on other machines. On one machine the kernel shares processors out between
+    sessions first, and let a generator wait for up to a second while a loaded service computed in its own.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(PermissionError):
+            os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+
+
 async def fire(
     url: str,
     bodies: Sequence[bytes],
@@ -109,6 +123,7 @@ async def fire(
     Ray's proxy, which lost its ingress; and knock for up to CONNECT_PATIENCE_S if the connection is refused. during: a
     coroutine function that runs beside the load.
     """
+    go_first()
     count = max(1, round(rate * seconds))
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
