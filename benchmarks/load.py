@@ -71,8 +71,11 @@ def within_limits(run: Run) -> bool:
     return not run.failed and run.percentiles()["p99"] < P99_LIMIT_MS
 
 
-def calibrate(url: str, seconds: float, *, halvings: int = 4, start: float = 8.0) -> tuple[float, Run]:
-    """C and the run that showed it: up by STEP until it is too much, then halving the interval."""
+def calibrate(url: str, seconds: float, *, halvings: int = 4, start: float = 16.0) -> tuple[float, Run]:
+    """C and the run that showed it: up by STEP until it is too much, then halving the interval.
+
+    seconds: of each run. A short one lets too much pass: in 20 s a queue may grow by 5 % before a second is waited.
+    """
     load = bodies()
     asyncio.run(fire(url, load, start, 2))
     good: tuple[float, Run] | None = None
@@ -171,7 +174,7 @@ def main() -> int:
         if options.rate:
             capacity, rows = options.rate, []
         else:
-            capacity, run = calibrate(url, 4 if options.quick else 20, halvings=1 if options.quick else 4)
+            capacity, run = calibrate(url, 4 if options.quick else 40, halvings=1 if options.quick else 3)
             rows = [row("C: all 200, p99 < 1 s", run)]
         rows += overload(url, capacity, 10 if options.quick else 60)
     print(records.table(rows))
