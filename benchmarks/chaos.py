@@ -31,7 +31,7 @@ import aiohttp
 import httpx
 import psutil
 
-from benchmarks import inputs, records, swaps
+from benchmarks import inputs, records, swaps, waking
 from benchmarks.load import bodies, calibrate, forecast_body, idle
 from benchmarks.open_loop import Run, fire
 from benchmarks.service import Service, bundled_config
@@ -39,6 +39,8 @@ from benchmarks.service import Service, bundled_config
 SHARE_OF_C = 0.4
 RECOVERY_LIMIT_S = {"proxy": 5.0, "ingress": 5.0, "controller": 5.0}
 EXIT_LIMIT_S = 25.0
+WAKING_LIMIT_S = 3.0
+"""Over the time that loading takes."""
 
 
 @dataclass
@@ -303,30 +305,48 @@ def run_swaps(rate: float, quick: bool) -> list[dict[str, Any]]:
             return rows
 
 
+def run_wake(rate: float, quick: bool) -> list[dict[str, Any]]:
+    """The first answer of a service that has scaled to zero."""
+    with Service(waking.config()) as service:
+        times = [(waking.first_answer_s(service), waking.load_s()) for _ in range(1 if quick else 3)]
+    waits, loads = (sorted(values) for values in zip(*times, strict=True))
+    checks = {f"load + {WAKING_LIMIT_S:.0f} s": waits[-1] <= loads[0] + WAKING_LIMIT_S}
+    said = {
+        "first answers s": [round(wait, 1) for wait in waits],
+        "loading alone s": [round(load, 1) for load in loads],
+    }
+    return [result("first answer from zero", None, checks, **said)]
+
+
+OWN_SERVICE: dict[str, Callable[[float, bool], list[dict[str, Any]]]] = {"swap": run_swaps, "wake": run_wake}
+"""Cases with another configuration, each in a service of its own: of the rate and whether it has to be quick."""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="short runs and coarse numbers")
-    parser.add_argument("--only", help=f"comma-separated, of: {', '.join([*CASES, 'swap'])}")
+    parser.add_argument("--only", help=f"comma-separated, of: {', '.join([*CASES, *OWN_SERVICE])}")
     parser.add_argument("--rate", type=float, help="C; found first if it is not given")
     parser.add_argument("--fast", action="store_true", help="HAProxy and gRPC, see docs/operations.md")
     options = parser.parse_args()
-    chosen = options.only.split(",") if options.only else [*CASES, "swap"]
-    if unknown := set(chosen) - {*CASES, "swap"}:
+    chosen = options.only.split(",") if options.only else [*CASES, *OWN_SERVICE]
+    if unknown := set(chosen) - {*CASES, *OWN_SERVICE}:
         parser.error(f"unknown cases: {', '.join(sorted(unknown))}")
     rows: list[dict[str, Any]] = []
     capacity = options.rate
     # Two ingress replicas: with one, killing it would be an outage by construction.
     config = bundled_config(2, ingress={"num_cpus": 0.1, "replicas": 2})
-    if capacity is None or chosen != ["swap"]:
+    if capacity is None or set(chosen) - set(OWN_SERVICE):
         with Service(config, options=["--fast"] if options.fast else []) as service:
             if capacity is None:
-                capacity, _ = calibrate(service.url, 4 if options.quick else 20, halvings=1 if options.quick else 4)
+                capacity, _ = calibrate(service.url, 4 if options.quick else 40, halvings=1 if options.quick else 3)
             context = Context(service, SHARE_OF_C * capacity, options.quick)
             for name in CASES:
                 if name in chosen:
                     rows += _guarded(name, lambda name=name: CASES[name](context))  # type: ignore[misc]
-    if "swap" in chosen:
-        rows += _guarded("swap", lambda: run_swaps(SHARE_OF_C * capacity, options.quick))
+    for name, case in OWN_SERVICE.items():
+        if name in chosen:
+            rows += _guarded(name, lambda case=case: case(SHARE_OF_C * capacity, options.quick))  # type: ignore[misc]
     print(records.table(rows))
     path = records.write("chaos", rows, capacity=round(capacity, 2), quick=options.quick)
     print(f"written to {path.relative_to(path.parents[2])}")

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from model import Kronos, KronosPredictor, KronosTokenizer
+from model.frames import series_from_frame
 from model.types import COLUMNS
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -91,6 +92,18 @@ def bars(golden):
     stored = np.load(golden / "candles.npz")
     frame = pd.DataFrame(stored["candles"], columns=list(COLUMNS))
     return frame.assign(timestamps=pd.to_datetime(stored["timestamps"], unit="s"))
+
+
+@pytest.fixture(scope="session")
+def series_of(bars):
+    """(first bar, bars of history, horizon) → a series of those candles."""
+
+    def make(start, length, horizon):
+        end = start + length
+        times = bars.timestamps
+        return series_from_frame(bars[start:end], times[start:end], times[end : end + horizon])
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,9 @@
 types       what a request is, and the engine's frozen configuration            no torch
 kv_cache    where a request's keys and values lie in the preallocated arena      no torch
 scheduler   which requests are admitted, prefilled and stepped next              no torch
-runner      the tensors: prefill, one step for many rows, sliding, decoding
+lane        the tensors of one request while it is computed
+runner      prefill, one step for many rows, sliding windows
+decoding    tokens → candles, in shares
 attention   the cache of one request: a shared history and each path's own bars
 stack       the blocks of a network over any positions
 step        the arithmetic of one decode step: the seam for what computes it

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from model.engine.kv_cache import Arena
-from model.engine.runner import Lane, Runner
+from model.engine.lane import Lane
+from model.engine.runner import Runner
 from model.engine.scheduler import Scheduler
 from model.engine.types import EngineConfig, EngineStats, Request, State
 from model.errors import ForecastCancelledError
@@ -162,8 +163,8 @@ class Engine:
         try:
             if request.on_step is not None:
                 request.on_step(lane.step)
-            if request.on_bars is not None and self._runner.streams(request):
-                self._tell(lane, self._runner.decode(lane))
+            if request.on_bars is not None and self._runner.results.in_shares(request):
+                self._tell(lane, self._runner.results.decode(lane))
         except Exception as error:
             return self._fail(request, error)
         if lane.finished:
@@ -180,7 +181,7 @@ class Engine:
         """Decodes a share of a result, and hands it over once it is whole; True if the request ended."""
         request = lane.request
         try:
-            lane.decoded.append(self._runner.decode(lane))
+            lane.decoded.append(self._runner.results.decode(lane))
             if left := request.horizon - sum(piece.shape[1] for piece in lane.decoded):
                 with self._books:
                     self._scheduler.decode_later(request, request.rows * left)

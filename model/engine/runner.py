@@ -1,13 +1,12 @@
-"""The tensors of the engine: prefill, one step for many rows, sliding windows, decoding to candles.
+"""The tensors of the engine: prefill, one step for many rows, sliding windows.
 
-A lane is a request while it is computed. R rows of all lanes that step together, S paths of one lane, D model width.
+R rows of all lanes that step together, S paths of one lane, D model width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,8 +15,10 @@ import torch
 from torch import Tensor
 
 from model.engine.attention import SequenceCache, together
+from model.engine.decoding import ResultDecoder
 from model.engine.graphs import GraphedSteps, StepInput, place
 from model.engine.kv_cache import Block
+from model.engine.lane import Lane
 from model.engine.packing import packed
 from model.engine.sampler import RowSettings, SeededNoise, draw_noise, sample_rows, sample_sorted
 from model.engine.stack import Stack
@@ -25,7 +26,6 @@ from model.engine.step import Step
 from model.engine.types import EngineConfig, Request
 from model.errors import InputError
 from model.frames import normalise
-from model.generate import decode
 from model.kronos import Kronos
 from model.sampler import S1_HEAD, S2_HEAD
 from model.tokenizer import KronosTokenizer
@@ -34,58 +34,8 @@ from model.types import MARK_SIZES
 if TYPE_CHECKING:
     from model.engine.compiled import CompiledStep
 
-DECODE_CHUNK = 64
-"""Bars of each path that pass the tokenizer's decoder at once, which bounds the memory of its attention scores."""
-DECODE_SHARE = 2048
-"""Rows × bars that pass it between two steps: 8 GFLOP with a published tokenizer."""
 CHUNK_WORK = 1_000_000_000
 """Weights × rows × bars of a prefill chunk on the CPU: 2 GFLOP."""
-
-
-@dataclass(eq=False)
-class Lane:
-    """A request's tensors.
-
-    tokens: int64 [S, T + H, 2]. times: summed time embeddings [T + H, D]. memory: the request's range of the arena.
-    cache: of the model's blocks and its cross-attention. start: first bar of the window. step: bars generated.
-    shared: bars of the window that were there when it was last computed from scratch and that all paths have in common:
-    of the history, or with a single path all.
-    fresh: the newest bar is cached, as it is after a prefill, and context is its position, [1 or S, 1, D].
-    noise: of a seeded request. decoder_cache: of the tokenizer's decoder; decoded: shares of the result, [S, n, 6].
-    told: bars that on_bars has had.
-    """
-
-    request: Request
-    tokens: Tensor
-    times: Tensor
-    memory: Tensor
-    cache: SequenceCache
-    mean: np.ndarray
-    scale: np.ndarray
-    start: int
-    shared: int
-    step: int = 0
-    fresh: bool = False
-    context: Tensor | None = None
-    noise: SeededNoise | None = None
-    decoded: list[np.ndarray] = field(default_factory=list)
-    decoder_cache: SequenceCache | None = None
-    told: int = 0
-
-    @property
-    def end(self) -> int:
-        """Bars that exist: history and generated."""
-        return self.request.history + self.step
-
-    @property
-    def left(self) -> int:
-        """Rows × bars of the window that are not cached."""
-        own = self.end - self.start - self.shared
-        return self.shared - self.cache.history_length + self.request.rows * (own - self.cache.own_length)
-
-    @property
-    def finished(self) -> bool:
-        return self.step == self.request.horizon
 
 
 class Runner:
@@ -96,17 +46,16 @@ class Runner:
         self._model = cast(Kronos, packed(model, config.precision, device))
         # Tokens decide everything after them, so the tokenizer stays fp32 whatever the model's precision.
         self._tokenizer = cast(KronosTokenizer, packed(tokenizer, "fp32", device))
-        self._plain_blocks, self._plain_tokenizer = model.transformer, tokenizer
+        self._plain_blocks = model.transformer
         self._width = model.d_model
         # Between two steps a GPU may be given more to do.
         self._speed = 1 if device.type == "cpu" else 16
         self._vocabulary = 2 ** max(model.s1_bits, model.s2_bits)
         # A GPU must not wait for the host to look at its numbers.
         self._sample = sample_rows if device.type == "cpu" else sample_sorted
-        self._decoder_width = int(tokenizer.embed.out_features)
         self._stack = Stack(self._model.transformer, config.max_context, device)
         self._step = Step(self._model, self._stack)
-        self._decoder = Stack(self._tokenizer.decoder, config.max_context, device)
+        self.results = ResultDecoder(self._tokenizer, tokenizer, config.max_context, self._speed, device)
         self._cross_layer = self._stack.layers
         # On the CPU a bf16 cache is slower: its attention kernels for one query are poor.
         dtype = torch.bfloat16 if config.precision == "bf16" and device.type != "cpu" else torch.float32
@@ -146,18 +95,16 @@ class Runner:
 
     def cache_size(self, request: Request) -> int:
         """Elements of the arena that a request needs, for the model's cache and the decoder's."""
-        model, decoder = self._model_size(request), self._decoder_size(request)
+        model, decoder = self._model_size(request), self._results_size(request)
         # A result is decoded once the model's cache is of no more use; told bar by bar, it needs both at once.
         return model + decoder if request.on_bars is not None else max(model, decoder)
 
     def _model_size(self, request: Request) -> int:
         return SequenceCache.size(self._stack.layers + 1, self._width, *self._cache_shape(request))
 
-    def _decoder_size(self, request: Request) -> int:
+    def _results_size(self, request: Request) -> int:
         """In elements of the arena, whole slots: the decoder's own are of fp32 and of another width."""
-        if not self.streams(request):
-            return 0
-        elements = SequenceCache.size(*self._decoder_shape(request)) * torch.float32.itemsize // self._memory.itemsize
+        elements = self.results.cache_size(request) * torch.float32.itemsize // self._memory.itemsize
         return math.ceil(elements / self._width) * self._width
 
     def _cache_shape(self, request: Request) -> tuple[int, int, int]:
@@ -184,7 +131,7 @@ class Runner:
             request=request,
             tokens=tokens,
             times=self._model.time_emb(torch.from_numpy(marks).to(self._device)[None])[0],
-            memory=memory,
+            decoder_memory=memory[len(memory) - self._results_size(request) :].view(torch.float32),
             cache=SequenceCache(
                 memory[: self._model_size(request)],
                 self._stack.layers + 1,
@@ -351,59 +298,6 @@ class Runner:
         if self._device.type != "cuda":
             return torch.tensor(values, device=self._device)
         return torch.tensor(values).pin_memory().to(self._device, non_blocking=True)
-
-    def streams(self, request: Request) -> bool:
-        """True if bars are final before the end: the decoder's window, the last max_context bars, holds the horizon."""
-        return request.horizon <= self._config.max_context
-
-    @torch.inference_mode()
-    def decode(self, lane: Lane) -> np.ndarray:
-        """The next share of candles among the bars that are generated, normalised: float32 [S, n, 6]. They are final.
-
-        The decoder is causal and its window, the last max_context bars of history and whole horizon, is known from the
-        start. A horizon longer than that has no such window; its bars are decoded at the end, and in one piece.
-        """
-        request, limit = lane.request, self._config.max_context
-        if not self.streams(request):
-            return decode(self._plain_tokenizer, lane.tokens, request.horizon, limit).cpu().numpy()
-        start = self._decoder_start(request)
-        if lane.decoder_cache is None:
-            lane.decoder_cache = self._open_decoder(lane)
-        cache = lane.decoder_cache
-        # However many wait, a share is the same: its size is part of how the numbers round.
-        share = min(DECODE_CHUNK, max(1, DECODE_SHARE * self._speed // request.rows))
-        first = request.history + cache.own_length
-        bars = slice(first, min(lane.end, first + share))
-        positions = slice(bars.start - start, bars.stop - start)
-        hidden = self._decoder.run(self._decoder_input(lane.tokens[:, bars]), positions, cache.attend_own)
-        cache.own_length += bars.stop - bars.start
-        return self._tokenizer.head(hidden).float().cpu().numpy()
-
-    def _open_decoder(self, lane: Lane) -> SequenceCache:
-        """The decoder's cache with the history's bars in it, which all paths share."""
-        request = lane.request
-        start = self._decoder_start(request)
-        shape = self._decoder_shape(request)
-        memory = lane.memory[-self._decoder_size(request) :].view(torch.float32)
-        cache = SequenceCache(memory[: SequenceCache.size(*shape)], *shape)
-        if start < request.history:
-            x = self._decoder_input(lane.tokens[:1, start : request.history])
-            self._decoder.run(x, slice(0, request.history - start), cache.attend_history)
-            cache.history_length = request.history - start
-        return cache
-
-    def _decoder_start(self, request: Request) -> int:
-        """First bar of the decoder's window."""
-        return max(0, request.history + request.horizon - self._config.max_context)
-
-    def _decoder_shape(self, request: Request) -> tuple[int, int, int, int, int]:
-        """(layers, width, bars of history, paths, bars of a path) for SequenceCache."""
-        history = request.history - self._decoder_start(request)
-        return self._decoder.layers, self._decoder_width, history, request.rows, request.horizon
-
-    def _decoder_input(self, tokens: Tensor) -> Tensor:
-        quantized = self._tokenizer.tokenizer.vectors(tokens[..., 0], tokens[..., 1])
-        return self._tokenizer.post_quant_embed(quantized)
 
 
 def _caches(lanes: Sequence[Lane]) -> list[SequenceCache]:

@@ -1,8 +1,6 @@
 """The engine against the plain loop, and against itself: alone or in company, early or late, whole or streamed."""
 
-import shutil
 import threading
-from functools import partial
 
 import numpy as np
 import pytest
@@ -10,50 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.device import precision_obstacle
-from model.engine import graphs, packing, runner
+from model.engine import decoding, graphs
 from model.engine.attention import SequenceCache
-from model.engine.engine import Engine
-from model.engine.packing import Int8Linear
 from model.engine.scheduler import BYPASS_LIMIT
-from model.engine.types import EngineConfig, Request, State, WindowPolicy
+from model.engine.types import Request, State, WindowPolicy
 from model.errors import QueueFullError, RequestTooLargeError
-from model.frames import normalise, series_from_frame
-from model.generate import Prompt, decode, generate
-from model.sampler import global_noise, seeded_noise
 from model.types import Sampling
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def series_of(bars):
-    def make(start, length, horizon):
-        end = start + length
-        times = bars.timestamps
-        return series_from_frame(bars[start:end], times[start:end], times[end : end + horizon])
-
-    return make
-
-
-def plain(tiny, series, sampling, max_context):
-    """The oracle: tokens [S, H, 2] and candles [S, H, 6] of the plain loop."""
-    x, mean, scale = normalise(series.candles, 5)
-    marks = torch.from_numpy(np.concatenate((series.marks, series.future_marks)))
-    noise = global_noise(CPU) if sampling.seed is None else seeded_noise(sampling.seed, CPU)
-    prompt = Prompt(torch.from_numpy(np.ascontiguousarray(x)), marks)
-    [tokens] = generate(*tiny, [prompt], sampling, noise, max_context=max_context)
-    values = decode(tiny[1], tokens, series.horizon, max_context).numpy() * scale + mean
-    return tokens[:, len(x) :].numpy(), values
-
-
-def engine(tiny, **config):
-    return Engine(*tiny, EngineConfig(**{"cache_bytes": 2**23, "prefill_chunk": 40} | config))
-
-
-def candles(request):
-    return request.normalised * request.scale + request.mean
-
+from tests.tiny_engine import candles, engine, plain
 
 requests_of_any_shape = st.lists(
     st.tuples(
@@ -137,60 +98,6 @@ def test_more_rows_than_the_largest_bucket(tiny, series_of, monkeypatch):
     request = Request(series_of(0, 20, 6), Sampling(samples=3, seed=1))
     engine(tiny, graphs=True).run([request])
     np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 512)[0])
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_steps_give_the_plain_loops_tokens(tiny, series_of):
-    running = engine(tiny, compile_rows=(4,))
-    assert running.warnings == ()
-    calls = []
-    compiled = running._runner._compiled._compiled
-    for part, step in compiled.items():
-        compiled[part] = partial(_counted, calls, part, step)
-    shapes = [((0, 90, 30), 3), ((200, 20, 12), 1), ((400, 60, 20), 4)]
-    requests = [Request(series_of(*shape), Sampling(samples=s, seed=s)) for shape, s in shapes]
-    running.run(requests)
-    assert set(calls) == {("advance", 4), ("s1", 4), ("s2", 4)}
-    for request in requests:
-        np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 512)[0])
-
-
-def _counted(calls, part, step, *arguments):
-    calls.append(part)
-    return step(*arguments)
-
-
-@pytest.mark.parametrize("cause", ["no compiler", "int8"])
-def test_without_a_compiler_steps_run_eagerly_and_say_so(tiny, series_of, monkeypatch, caplog, cause):
-    def broken(*arguments, **options):
-        raise RuntimeError("no C++ compiler")
-
-    monkeypatch.setattr("torch._inductor.compile", broken)
-    running = engine(tiny, compile_rows=(1,), precision="int8" if cause == "int8" else "fp32")
-    [warning] = running.warnings
-    assert "torch.compile is off" in warning
-    assert warning in caplog.text
-    request = Request(series_of(0, 20, 6), Sampling(seed=1))
-    running.run([request])
-    assert request.state is State.FINISHED
-
-
-def test_int8_rows_do_not_feel_their_neighbours(tiny, series_of):
-    alone, company = (engine(tiny, precision="int8") for _ in range(2))
-    request, same = (Request(series_of(0, 60, 30), Sampling(samples=2, seed=1)) for _ in range(2))
-    alone.run([request])
-    company.run([same, Request(series_of(300, 60, 40), Sampling(samples=3, seed=2, temperature=1.4))])
-    np.testing.assert_array_equal(same.tokens, request.tokens)
-
-
-def test_a_row_of_int8_is_computed_by_itself():
-    torch.manual_seed(0)
-    linear, x = torch.nn.Linear(32, 24), torch.randn(6, 1, 32) * torch.tensor([1e-3, 1, 10, 1e4, 0, 1]).view(6, 1, 1)
-    quantised = Int8Linear(linear)
-    whole = quantised(x)
-    assert torch.equal(whole, torch.cat([quantised(row[None]) for row in x]))
-    error = (whole - linear(x)).abs().amax(-1)
-    assert (error <= 0.06 * x.abs().amax(-1) + 1e-6).all()
 
 
 @pytest.mark.parametrize("max_context", [512, 40])
@@ -414,22 +321,6 @@ def test_threads_share_one_engine(tiny, series_of):
     running.check_integrity()
 
 
-@pytest.mark.parametrize(("precision", "agreement"), [("bf16", 0.9), ("int8", 0.8)])
-def test_reduced_precision_mostly_agrees(tiny, series_of, precision, agreement):
-    """First greedy tokens of many windows: later ones follow from the first that differs."""
-    shapes = [(start, 60, 1) for start in range(0, 1600, 25)]
-    exact, reduced = ([Request(series_of(*s), Sampling(temperature=0, seed=0)) for s in shapes] for _ in range(2))
-    obstacle = precision_obstacle(precision, CPU)
-    if obstacle is not None:
-        with pytest.raises(ValueError, match="bfloat16"):
-            engine(tiny, precision=precision)
-        pytest.skip(obstacle)
-    engine(tiny).run(exact)
-    engine(tiny, precision=precision).run(reduced)
-    same = np.mean([np.array_equal(a.tokens, b.tokens) for a, b in zip(exact, reduced, strict=True)])
-    assert same >= agreement
-
-
 def test_an_interrupted_caller_leaves_nothing_behind(tiny, series_of):
     def interrupt(step):
         raise KeyboardInterrupt
@@ -494,29 +385,6 @@ def test_a_large_request_that_waits_is_overtaken_so_often_and_no_more(tiny, seri
     assert (long.state, large.state) == (State.RUNNING, State.QUEUED)
 
 
-def test_a_compiled_step_that_fails_later_is_computed_eagerly(tiny, series_of, monkeypatch):
-    calls = []
-
-    def compile_for_one_call(graph, inputs, options):
-        def compiled(*arguments):
-            calls.append(1)
-            if len(calls) > 3:  # the three parts of a step are called once each while they are made
-                raise RuntimeError("worked once, and failed")
-            return torch.utils._pytree.tree_leaves(graph(*arguments))
-
-        return compiled
-
-    monkeypatch.setattr("torch._inductor.compile", compile_for_one_call)
-    running = engine(tiny, compile_rows=(4,))
-    assert running.warnings == ()
-    request = Request(series_of(0, 20, 6), Sampling(samples=3, seed=1))
-    running.run([request])
-    [warning] = running.warnings
-    assert "worked once" in warning
-    assert len(calls) == 4
-    np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 512)[0])
-
-
 def test_companions_of_several_calls_step_together(tiny, series_of):
     """As the threads of one HTTP request do: each calls for itself, and names what they have in common."""
     running, group = engine(tiny), object()
@@ -529,7 +397,7 @@ def test_companions_of_several_calls_step_together(tiny, series_of):
 
 
 def test_decoding_a_large_result_leaves_the_others_their_steps(tiny, series_of, monkeypatch):
-    monkeypatch.setattr(runner, "DECODE_SHARE", 20)
+    monkeypatch.setattr(decoding, "DECODE_SHARE", 20)
     running, steps = engine(tiny), []
     other = Request(series_of(0, 20, 200), Sampling(seed=0), on_step=steps.append)
     large, dropped = (Request(series_of(0, 30, 30), Sampling(samples=5, seed=1)) for _ in range(2))
@@ -581,25 +449,3 @@ def test_single_paths_with_as_many_bars_are_computed_as_one_batch(tiny, series_o
     assert set(sizes) == {2, 3}
     for request in requests[:4] + requests[5:]:
         np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 48)[0])
-
-
-def test_weights_that_are_read_from_memory_give_the_plain_loops_tokens(tiny, series_of, monkeypatch):
-    """Products of one and two rows, which large networks compute from weights that are not packed."""
-    monkeypatch.setattr(packing, "STREAMED_WEIGHTS", 0)
-    running = engine(tiny, max_context=64)
-    requests = [Request(series_of(100 * s, 50, 30), Sampling(samples=s, seed=s)) for s in (1, 2, 3)]
-    for request in requests:
-        running.run([request])
-        np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 64)[0])
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 24), (2, 24), (1, 1, 24), (2, 1, 24), (1, 2, 24), (3, 24)])
-def test_few_rows_are_the_layers(shape, bias):
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(24, 40, bias=bias)
-    x = torch.randn(shape)
-    with torch.inference_mode():
-        found = packing.PackedLinear(linear, torch.float32, streamed=True)(x)
-        torch.testing.assert_close(found, linear(x))
-        assert found.is_contiguous()

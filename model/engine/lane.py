@@ -1,0 +1,59 @@
+"""A request while it is computed. S paths, T bars of history, H to forecast, D model width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from model.engine.attention import SequenceCache
+from model.engine.sampler import SeededNoise
+from model.engine.types import Request
+
+
+@dataclass(eq=False)
+class Lane:
+    """A request's tensors.
+
+    tokens: int64 [S, T + H, 2]. times: summed time embeddings [T + H, D].
+    cache: of the model's blocks and its cross-attention. start: first bar of the window. step: bars generated.
+    shared: bars of the window that were there when it was last computed from scratch and that all paths have in common:
+    of the history, or with a single path all.
+    fresh: the newest bar is cached, as it is after a prefill, and context is its position, [1 or S, 1, D].
+    noise: of a seeded request. decoder_memory: 1-D, fp32, of the request's range of the arena; decoder_cache: in it, of
+    the tokenizer's decoder. decoded: shares of the result, [S, n, 6].
+    told: bars that on_bars has had.
+    """
+
+    request: Request
+    tokens: Tensor
+    times: Tensor
+    decoder_memory: Tensor
+    cache: SequenceCache
+    mean: np.ndarray
+    scale: np.ndarray
+    start: int
+    shared: int
+    step: int = 0
+    fresh: bool = False
+    context: Tensor | None = None
+    noise: SeededNoise | None = None
+    decoded: list[np.ndarray] = field(default_factory=list)
+    decoder_cache: SequenceCache | None = None
+    told: int = 0
+
+    @property
+    def end(self) -> int:
+        """Bars that exist: history and generated."""
+        return self.request.history + self.step
+
+    @property
+    def left(self) -> int:
+        """Rows × bars of the window that are not cached."""
+        own = self.end - self.start - self.shared
+        return self.shared - self.cache.history_length + self.request.rows * (own - self.cache.own_length)
+
+    @property
+    def finished(self) -> bool:
+        return self.step == self.request.horizon
