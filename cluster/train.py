@@ -29,7 +29,7 @@ from cluster.training.group import Group
 from cluster.training.lineage import code_drift, inputs_of
 from cluster.training.loop import STOP_FILE, ray_train_loop, run_stage
 from cluster.training.run_folder import (
-    copy_network,
+    copy_tokenizer,
     export,
     fingerprint,
     nothing_kept_of_a_failed_start,
@@ -107,7 +107,7 @@ def train(config: TrainConfig, *, command: str = "cluster.train.train(config)") 
             logger.info("%s: written to %s", stage, made[stage])
             signals.check()
         if config.tokenizer is None and config.predictor is not None and config.predictor.tokenizer is not None:
-            copy_network(config.predictor.tokenizer, config.run.output / STAGES["tokenizer"])
+            copy_tokenizer(config.predictor.tokenizer, config.run.output / STAGES["tokenizer"])
     return made
 
 
@@ -133,7 +133,7 @@ def _train_stage(config: TrainConfig, stage: str, tokenizer: Path | None, signal
     options = getattr(config, stage)
     folder = (config.run.storage / config.run.name / stage).resolve()
     placement = _place(config)
-    inputs = inputs_of(config, options, tokenizer)
+    inputs = inputs_of(config, stage, tokenizer)
     remember(config, stage, inputs, folder)
     mark = fingerprint(config, stage, inputs)
     settings: dict[str, Any] = {

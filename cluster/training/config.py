@@ -26,8 +26,9 @@ from pydantic import (
 from cluster.candles.data_config import DataConfig, Strict
 from cluster.redact import redact
 from model.errors import InputError
+from model.registry import Part, brings_tokenizer, network_source
 
-STAGES = {"tokenizer": "tokenizer", "predictor": "model"}
+STAGES: dict[str, Part] = {"tokenizer": "tokenizer", "predictor": "model"}
 """Stage → folder of its network below run.output, in the order they run."""
 RAY_ONLY = ("ray_address", "max_failures")
 """Keys of `training` that a run in this process does not read."""
@@ -144,7 +145,11 @@ class EarlyStopping(Strict):
 class Stage(Strict):
     phases: tuple[Phase, ...] = Field(min_length=1)
     optimisation: Optimisation = Optimisation()
-    init_from: Path | None = Field(default=None, description="folder of weights to start from; default: from scratch")
+    init_from: Path | None = Field(
+        default=None,
+        description="weights to start from: a bundle, a network's own folder, a name such as kronos-small, or a Hub "
+        "repository; default: from scratch",
+    )
     method: Literal["full", "lora"] = Field(default="full", description="train the weights, or adapters beside them")
     lora: Lora | None = Field(default=None, description="with method: lora; default: rank 8 on q, k, v, o and ffn")
     depth: int | None = Field(
@@ -164,7 +169,7 @@ class Stage(Strict):
     def _options_that_belong_together(self) -> Stage:
         fresh = self.init_from is None
         if self.method == "lora" and fresh:
-            raise ValueError("method: lora needs init_from, the folder of the weights that the adapters stand beside")
+            raise ValueError("method: lora needs init_from, the weights that the adapters stand beside")
         if self.method == "lora" and self.depth is not None:
             raise ValueError("depth is for method: full; with lora the adapters alone are trained: leave depth out")
         if self.method == "full" and self.lora is not None:
@@ -205,7 +210,9 @@ class TokenizerStage(Stage):
 
 class PredictorStage(Stage):
     network: PredictorShape | None = Field(default=None, description="default: the shape above, or init_from's")
-    tokenizer: Path | None = Field(default=None, description="folder of the tokenizer; default: the one this run makes")
+    tokenizer: Path | None = Field(
+        default=None, description="named as init_from is; default: the one this run makes, else that of init_from"
+    )
     s2_conditioning: Literal["teacher", "sampled", "mixed"] = Field(
         default="teacher",
         description="what s2 is conditioned on: the true s1, or one drawn as the published trainer does, or either",
@@ -290,8 +297,19 @@ class TrainConfig(Strict):
     def _something_to_do(self) -> TrainConfig:
         if self.tokenizer is None and self.predictor is None:
             raise ValueError("give a tokenizer stage, a predictor stage or both")
-        if self.predictor is not None and self.tokenizer is None and self.predictor.tokenizer is None:
-            raise ValueError("predictor.tokenizer must name a folder when no tokenizer is trained")
+        if self.predictor is None:
+            return self
+        named, parent = self.predictor.tokenizer, self.predictor.init_from
+        if self.tokenizer is not None and named is not None:
+            raise ValueError(
+                f"predictor.tokenizer names {named}, but the predictor takes the tokenizer that this run makes: leave "
+                "predictor.tokenizer out, or the tokenizer stage"
+            )
+        if self.tokenizer is None and named is None and (parent is None or not brings_tokenizer(parent)):
+            raise ValueError(
+                "predictor.tokenizer must name a folder, a model or a Hub repository when no tokenizer is trained"
+                + (f": {parent} is a model without one" if parent is not None else "")
+            )
         return self
 
     @model_validator(mode="after")
@@ -300,7 +318,7 @@ class TrainConfig(Strict):
             stage: Stage | None = getattr(self, name)
             if stage is None or stage.init_from is None:
                 continue
-            if stage.init_from.resolve() == (self.run.output / folder).resolve():
+            if Path(network_source(stage.init_from, folder)[0]).resolve() == (self.run.output / folder).resolve():
                 raise ValueError(
                     f"{name}.init_from lies in run.output, which would overwrite it: choose another run.output"
                 )
@@ -363,7 +381,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 def parse_config(raw: dict[str, Any]) -> TrainConfig:
     """Checks a nested dict. Raises InputError that lists every fault."""
     try:
-        return TrainConfig.model_validate(raw)
+        return _with_tokenizer(TrainConfig.model_validate(raw))
     except ValidationError as error:
         found = error.errors()
         # A list whose only item is at fault counts as empty, too: that says nothing.
@@ -375,6 +393,14 @@ def parse_config(raw: dict[str, Any]) -> TrainConfig:
             )
         ]
         raise InputError("configuration: " + "; ".join(faults), code="bad_config") from None
+
+
+def _with_tokenizer(config: TrainConfig) -> TrainConfig:
+    """The same, with the tokenizer that init_from brings written down where nothing says another."""
+    predictor = config.predictor
+    if predictor is None or predictor.tokenizer is not None or config.tokenizer is not None:
+        return config
+    return config.model_copy(update={"predictor": predictor.model_copy(update={"tokenizer": predictor.init_from})})
 
 
 def _describe(raw: dict[str, Any], fault: Any) -> str:

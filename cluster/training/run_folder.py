@@ -20,8 +20,9 @@ from cluster.training.config import STAGES, Stage, TrainConfig
 from cluster.training.lineage import parent_of
 from cluster.training.memory import SIZES_FILE
 from cluster.training.stages import make_task
-from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, resolve_folder
+from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from model.errors import InputError
+from model.registry import network_folder, network_source
 
 CONFIG_COPY = "config.yaml"
 
@@ -96,9 +97,9 @@ def export(stage: Stage, tokenizer: Path | None, checkpoint: Saved, folder: Path
     task.export(folder)
 
 
-def copy_network(source: Path, folder: Path) -> None:
-    """A network that a run used and did not train, so that its output is a whole bundle."""
-    found = resolve_folder(source)
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer that a run used and did not train, so that its output is a whole bundle."""
+    found = network_folder(source, "tokenizer")
     if folder.exists() and folder.samefile(found):
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,11 +159,8 @@ def _stages_before(config: TrainConfig, stage: str, path: Path) -> dict[str, Any
     if stage == "tokenizer" or not path.is_file():
         return {}
     used = config.predictor.tokenizer if config.predictor is not None else None
-    if (
-        config.tokenizer is None
-        and used is not None
-        and used.resolve() != (path.parent / STAGES["tokenizer"]).resolve()
-    ):
+    beside = (path.parent / STAGES["tokenizer"]).resolve()
+    if used is not None and Path(network_source(used, "tokenizer")[0]).resolve() != beside:
         return {}
     known = json.loads(path.read_text(encoding="utf-8")).get("stages", {})
     return {"tokenizer": known["tokenizer"]} if "tokenizer" in known else {}

@@ -68,6 +68,10 @@ def raw_config(**changes):
             r"tokenizer\.init_from lies in run\.output, .* choose another",
         ),
         (
+            {"predictor__phases": [{"steps": 101, "window": 16, "batch_size": 2}], "predictor__tokenizer": "bundled"},
+            r"predictor\.tokenizer names bundled, .* leave predictor\.tokenizer out, or the tokenizer stage",
+        ),
+        (
             {"predictor__phases": [{"steps": 101, "window": 16, "batch_size": 2}], "predictor__mixed_share": 0.2},
             "mixed_share is for s2_conditioning: mixed, not teacher",
         ),
@@ -107,8 +111,35 @@ def test_a_predictor_needs_a_tokenizer():
     config["predictor"] = config.pop("tokenizer")
     with pytest.raises(InputError, match=r"predictor\.tokenizer must name a folder"):
         parse_config(config)
+    with pytest.raises(InputError, match=r"predictor\.tokenizer must .*: me/model is a model without one"):
+        parse_config(config | {"predictor": config["predictor"] | {"init_from": "me/model"}})
     del config["predictor"]
     with pytest.raises(InputError, match="a tokenizer stage, a predictor stage or both"):
+        parse_config(config)
+
+
+@pytest.mark.parametrize("name", ["kronos-small", "NeoQuasar/Kronos-small", "bundled", "bundle"])
+def test_a_name_brings_its_tokenizer(name, tmp_path, monkeypatch):
+    """A predictor of one pair with the tokenizer of another trains without an error, and on the wrong codes."""
+    monkeypatch.chdir(tmp_path)
+    for part in ("model", "tokenizer"):
+        (tmp_path / "bundle" / part).mkdir(parents=True)
+    config = raw_config()
+    config["predictor"] = config.pop("tokenizer") | {"init_from": name}
+    parsed = parse_config(config)
+    assert str(parsed.predictor.tokenizer) == name
+    assert parse_config(parsed.model_dump(mode="json")) == parsed, "as the workers read it"
+    config["predictor"]["tokenizer"] = "me/other"
+    assert str(parse_config(config).predictor.tokenizer) == "me/other"
+    both = raw_config(predictor=config["predictor"] | {"tokenizer": None}, tokenizer__init_from=name)
+    assert parse_config(both).predictor.tokenizer is None, "the run's own"
+
+
+def test_a_bundle_that_the_output_would_overwrite_is_no_parent(tmp_path):
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    config = raw_config(run__output=str(tmp_path / "out"))
+    config["predictor"] = config.pop("tokenizer") | {"init_from": str(tmp_path / "out"), "tokenizer": "bundled"}
+    with pytest.raises(InputError, match=r"predictor\.init_from lies in run\.output"):
         parse_config(config)
 
 
