@@ -131,7 +131,7 @@ def test_bars_closer_than_a_microsecond_are_refused():
     """Which is what future times are counted in: two of them would be one."""
     index = pd.date_range("2024-07-02 14:00", periods=9, freq="ns", tz="UTC")
     for calendar in (None, "24/7", "XNYS"):
-        with pytest.raises(InputError, match="less than a microsecond apart .* give bars of") as caught:
+        with pytest.raises(InputError, match=r"less than a microsecond apart .* give bars of") as caught:
             future_index(index, HistoryRules(horizon=2, calendar=calendar))
         assert caught.value.code == "freq_too_small"
 

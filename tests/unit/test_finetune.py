@@ -256,6 +256,30 @@ def test_a_start_that_failed_is_corrected_under_the_same_name(parent, tmp_path, 
     assert "choose another run.name" in capsys.readouterr().err
 
 
+def test_a_process_that_was_killed_before_its_first_checkpoint_leaves_its_name_free(parent, tmp_path, capsys):
+    """SIGKILL lets nobody clear up; what is still running is not disturbed, nor is what has a checkpoint."""
+    folder = tmp_path / "runs/t/predictor"
+    first = write_yaml(finetune_config(parent, tmp_path, steps=100_000, validate_every=50_000), tmp_path / "first")
+    right = write_yaml(finetune_config(parent, tmp_path, steps=4), tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cluster.train", "--config", str(first), "predictor.log_every=5"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert any("step 5/" in line for line in process.stdout)
+    assert main(["--config", str(right)]) == 2
+    assert "another process is training in" in capsys.readouterr().err
+    process.kill()
+    process.communicate(timeout=60)
+    assert (folder / "config.yaml").is_file()
+    assert main(["--config", str(right)]) == 0
+    assert {line["step"] for line in records(folder)} == {4}
+    assert main(["--config", str(first)]) == 2
+    assert "choose another run.name" in capsys.readouterr().err
+
+
 def test_what_a_finetune_leaves_behind(parent, tmp_path, monkeypatch, caplog):
     """A bundle with both networks; parent, data, method, device and what was given up, on record."""
     monkeypatch.setattr("model.device.cuda_available", lambda: False)

@@ -11,6 +11,7 @@ from torch import nn
 
 from cluster import placement, train
 from cluster.training import run_folder
+from cluster.training.checkpoints import Checkpoints
 from cluster.training.config import Optimisation, TrainingConfig, load_config, parse_config
 from cluster.training.stages import learning_rate, make_optimizer, weighted_tokenizer_loss
 from model.errors import InputError
@@ -261,9 +262,14 @@ def test_an_elastic_run_needs_room_for_its_least_number_of_workers():
 
 def test_a_run_with_another_configuration_or_other_inputs_is_not_resumed(tmp_path):
     def remember(inputs=None, **changes):
-        run_folder.remember(parse_config(raw_config(**changes)), "tokenizer", inputs or {"data": "a"}, tmp_path)
+        checkpoints = Checkpoints(tmp_path, "")
+        run_folder.remember(parse_config(raw_config(**changes)), "tokenizer", inputs or {"data": "a"}, checkpoints)
 
-    remember()
+    remember(run__seed=7)
+    (tmp_path / "batch_sizes.json").write_text("{}")
+    remember()  # there is no checkpoint: nothing is lost, and nothing that was found for the other is used
+    assert not (tmp_path / "batch_sizes.json").exists()
+    (tmp_path / "step_0000001").mkdir()
     remember(training__threads=2, tokenizer__keep=5)  # these decide no number
     with pytest.raises(InputError, match=r"another run\.seed: choose another"):
         remember(run__seed=5)
