@@ -233,7 +233,10 @@ class PredictorStage(Stage):
 class RunConfig(Strict):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     storage: Path = Field(default=Path("runs"), description="folder of runs, which all nodes of a cluster must share")
-    output: Path = Field(description="folder that gets tokenizer/ and model/ at the end")
+    output: Path = Field(
+        default_factory=lambda known: known["storage"] / known["name"] / "output",
+        description="folder that gets tokenizer/ and model/ at the end; default: output in the run's own folder",
+    )
     seed: int = Field(default=0, ge=0)
 
 
@@ -384,11 +387,13 @@ def parse_config(raw: dict[str, Any]) -> TrainConfig:
         return _with_tokenizer(TrainConfig.model_validate(raw))
     except ValidationError as error:
         found = error.errors()
-        # A list whose only item is at fault counts as empty, too: that says nothing.
+        # A list whose only item is at fault counts as empty, and a default made of a value at fault is at fault, too:
+        # that says nothing.
         faults = [
             _describe(raw, fault)
             for fault in found
-            if not any(
+            if fault["type"] != "default_factory_not_called"
+            and not any(
                 len(other["loc"]) > (n := len(fault["loc"])) and other["loc"][:n] == fault["loc"] for other in found
             )
         ]

@@ -81,6 +81,7 @@ def raw_config(**changes):
         ({"tokenizer__early_stopping": {}}, r"tokenizer\.early_stopping\.patience: Field required"),
         ({"run__seed": "many"}, r"run\.seed: .* valid integer"),
         ({"run__name": "../x"}, r"run\.name: .* pattern"),
+        ({"run": {"name": "../x"}}, r"^configuration: run\.name: [^;]* pattern [^;]*$"),
         ({"data__source__validation_seed": 1}, "must differ from seed"),
         ({"data__source__kind": "internet"}, r"data\.source: .* expected tags"),
         ({"predictor__phases": []}, r"predictor\.phases: .* at least 1 item"),
@@ -134,6 +135,12 @@ def test_a_name_brings_its_tokenizer(name, tmp_path, monkeypatch):
     assert str(parse_config(config).predictor.tokenizer) == "me/other"
     both = raw_config(predictor=config["predictor"] | {"tokenizer": None}, tokenizer__init_from=name)
     assert parse_config(both).predictor.tokenizer is None, "the run's own"
+
+
+def test_runs_of_two_names_do_not_overwrite_each_other():
+    assert parse_config(raw_config(run={"name": "a"})).run.output == Path("runs/a/output")
+    assert parse_config(raw_config(run={"name": "a", "storage": "s"})).run.output == Path("s/a/output")
+    assert parse_config(raw_config()).run.output == Path("out")
 
 
 def test_a_bundle_that_the_output_would_overwrite_is_no_parent(tmp_path):
