@@ -349,7 +349,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}", code="unreadable_config") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none, or no UTF-8
         raise InputError(f"{path} is not YAML: {error}", code="unreadable_config") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path} must hold keys and values", code="unreadable_config")
@@ -366,7 +366,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise InputError(f"override {override!r} must look like section.key=value", code="bad_override")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"override {override!r}: the value is not YAML: {error}", code="bad_override") from error
     place: Any = raw
     for depth, key in enumerate(keys):

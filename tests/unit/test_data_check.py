@@ -369,6 +369,7 @@ def test_options_that_make_no_sense(tmp_path, capsys, arguments):
         (["--validation-share", "1.2"], "--validation-share 1.2: Input should be less than 1"),
         (["--validation-share", "0.2", "--embargo-bars", "-1"], "--embargo-bars -1: "),
         (["--validation-from", "soon"], "--validation-from soon: "),
+        (["--validation-from", "2024"], "--validation-from 2024: must be a date or time such as 2024-07-01"),
         (["--validation-share", "0.6", "--test-share", "0.6"], "validation_share and test_share leave nothing"),
         (["--bar", "soon"], "--bar 'soon' must be a length of time"),
     ],

@@ -108,6 +108,14 @@ def test_one_fault_in_a_list_or_a_path_is_said_once():
         assert str(caught.value) == f"configuration: {expected}"
 
 
+@pytest.mark.parametrize("moment", [2024, 20240701, "1719792000.5"])
+def test_a_number_is_no_moment(moment):
+    """As seconds since 1970 it would be a moment long before all bars."""
+    source = {"kind": "file", "path": "x.csv", "validation_from": moment}
+    with pytest.raises(InputError, match=r"data\.source\.validation_from: must be a date or time such as 2024-07-01"):
+        parse_config(raw_config(data__source=source))
+
+
 def test_a_predictor_needs_a_tokenizer():
     config = raw_config()
     config["predictor"] = config.pop("tokenizer")
@@ -163,6 +171,7 @@ def test_file_and_overrides(tmp_path):
         ("run.speed=1", "nearest known one is 'seed'"),
         ("tokenizer.phases.7.steps=1", r"no item '7'"),
         ("run.seed=[1", "not YAML"),
+        ("data.source.validation_from=2024-13-01", r"data\.source\.validation_from=2024-13-01.*month must be in 1"),
     ]:
         with pytest.raises(InputError, match=message):
             load_config(path, [override])
