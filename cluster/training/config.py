@@ -26,7 +26,7 @@ from pydantic import (
 from cluster.candles.data_config import DataConfig, Strict
 from cluster.redact import redact
 from model.errors import InputError
-from model.registry import Part, brings_tokenizer, network_source
+from model.registry import PUBLISHED, Part, brings_tokenizer, network_source
 
 STAGES: dict[str, Part] = {"tokenizer": "tokenizer", "predictor": "model"}
 """Stage → folder of its network below run.output, in the order they run."""
@@ -61,6 +61,7 @@ CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto), _
 Workers = Annotated[int | tuple[int, int], PlainValidator(_workers), _AsItIs]
 
 
+_NAMES = ", ".join(["bundled", *PUBLISHED])
 _NOT_OF_THIS_KIND = {
     "tuple_type": "must be a list, as in [a, b]",
     "model_type": "must be a section of keys and values",
@@ -311,7 +312,11 @@ class TrainConfig(Strict):
         if self.tokenizer is None and named is None and (parent is None or not brings_tokenizer(parent)):
             raise ValueError(
                 "predictor.tokenizer must name a folder, a model or a Hub repository when no tokenizer is trained"
-                + (f": {parent} is a model without one" if parent is not None else "")
+                + (
+                    f": init_from={parent} brings none, as a bundle's folder and {_NAMES} do"
+                    if parent is not None
+                    else ""
+                )
             )
         return self
 
