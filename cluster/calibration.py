@@ -39,7 +39,7 @@ from model.calibration import (
     usual_bar_seconds,
 )
 from model.errors import InputError, KronosError
-from model.registry import MANIFEST_FILE, load_checkpoint
+from model.registry import BUNDLED_FOLDER, MANIFEST_FILE, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -236,6 +236,20 @@ def validation_setting(folder: Path, setting: WalkForward) -> WalkForward:
     return setting
 
 
+def _file_in_bundle(choice: ModelChoice) -> Path:
+    """Where the calibration goes unless --out says it. Raises InputError where there is no bundle of the user's."""
+    if not choice.folder.is_dir():
+        raise InputError(f"{choice.model} is no folder on this machine: name the file with --out", code="no_folder")
+    if choice.folder.samefile(BUNDLED_FOLDER):
+        # Whoever installed the package shares it, and an upgrade would take the file away.
+        raise InputError(
+            f"the bundled checkpoint is part of the installed package, where no {CALIBRATION_FILE} is written: name a "
+            "bundle with --model (a copy of the folder is one), or the file with --out",
+            code="bundled_model",
+        )
+    return choice.folder / CALIBRATION_FILE
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster.calibration", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -249,15 +263,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.data is None:
             raise InputError("--data is missing: name the files to forecast", code="missing_option")
         choice = ModelChoice(options.model, options.tokenizer, options.device, options.threads)
-        if options.out is None and not choice.folder.is_dir():
-            raise InputError(
-                f"{options.model} is no folder on this machine: name the file with --out", code="no_folder"
-            )
+        path = options.out or _file_in_bundle(choice)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):  # said before the forecasts, which may take hours
+            text = f"{path} cannot be written: name a file in a folder that is there and yours with --out"
+            raise InputError(text, code="bad_output")
         setting = validation_setting(choice.folder, walk_forward_of(options))
         series = read_bars(options.data, time_column=options.time_column, symbol_column=options.symbol_column)
         windows = pick_windows(series, setting).chosen
         fitted = fit(choice, windows, setting, options.method, workers=options.workers)
-        path = options.out or choice.folder / CALIBRATION_FILE
         save(path, fitted)
     except (KronosError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

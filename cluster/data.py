@@ -119,16 +119,21 @@ def describe_splits(config: DataConfig) -> dict[str, str | None]:
     if len(moments) < 2:
         series = read_source(config.source)
         moments = moments or boundaries(config.source, series)
-    names = ("validation_from", "test_from")
+    return {"test_from": None} | split_moments(moments, series or ())
+
+
+def split_moments(moments: Sequence[np.datetime64], series: Sequence[SymbolBars]) -> dict[str, str]:
+    """{"validation_from", and "test_from" or else "last_bar" of all symbols} as ISO times; {} without moments.
+
+    moments: where validation and, if there is one, the test period begin. series: read where there is none.
+    """
     found = {
-        name: str(moments[i].astype("datetime64[s]")) if i < len(moments) else None for i, name in enumerate(names)
+        name: str(moment.astype("datetime64[s]"))
+        for name, moment in zip(("validation_from", "test_from"), moments, strict=False)
     }
-    return found if series is None or len(moments) == 2 else found | {"last_bar": last_bar(series)}
-
-
-def last_bar(series: Sequence[SymbolBars]) -> str:
-    """ISO time of the last bar of all symbols."""
-    return str(max(bars.times[-1] for bars in series).astype("datetime64[s]"))
+    if len(moments) == 1:
+        found["last_bar"] = str(max(bars.times[-1] for bars in series).astype("datetime64[s]"))
+    return found
 
 
 def split_by_time(

@@ -38,9 +38,9 @@ from cluster.candles.sources import describe_source
 from cluster.data import describe_splits
 from cluster.redact import redact
 from model.calibration import CALIBRATION_FILE
-from model.checkpoint import WEIGHTS_FILE, resolve_folder
-from model.errors import CheckpointError, CheckpointMismatchError, InputError, KronosError
-from model.registry import Checkpoint, sha256_of
+from model.checkpoint import WEIGHTS_FILE
+from model.errors import CheckpointError, CheckpointMismatchError, CheckpointNotFoundError, InputError, KronosError
+from model.registry import Checkpoint, brings_tokenizer, network_folder, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -109,21 +109,21 @@ def _tokenizer_of(run_output: Path, training: dict[str, Any]) -> Path:
     if (run_output / "tokenizer").is_dir():
         return run_output / "tokenizer"
     used = ((training.get("config") or {}).get("predictor") or {}).get("tokenizer")
-    if used is None or not Path(used).is_dir():
-        raise InputError(
-            f"{run_output} has no tokenizer/" + (f", and {used} is not there" if used else "")
-            + ": put the tokenizer that the model was trained with there",
-            code="no_such_file",
-        )  # fmt: skip
-    return Path(used)
+    fault, remedy = f"{run_output} has no tokenizer/", "put the tokenizer that the model was trained with there"
+    if used is None:
+        raise InputError(f"{fault}: {remedy}", code="no_such_file")
+    try:
+        return network_folder(used, "tokenizer")
+    except CheckpointNotFoundError as error:
+        raise InputError(f"{fault}, and {used} is not there ({error}): {remedy}", code="no_such_file") from error
 
 
 def parent_of(training: dict[str, Any], tokenizer: Path) -> dict[str, Any] | None:
     """{"name", "sha256"} of what training began from; None if it began from nothing.
 
-    sha256 is that of the pair: the parent's model with the tokenizer beside it, else with the one that the run's
-    tokenizer began from, else with the one that was trained with. Where those weights are not there any more, or are
-    others by now, it comes from what the run recorded; it is None without such a record.
+    sha256 is that of the pair: the parent's model with the tokenizer that its name brings or that lies beside it, else
+    with the one that the run's tokenizer began from, else with the one that was trained with. Where those weights are
+    not there any more, or are others by now, it comes from what the run recorded; it is None without such a record.
     """
     config, stages = training.get("config") or {}, training.get("stages") or {}
     began = (config.get("predictor") or {}).get("init_from")
@@ -134,21 +134,29 @@ def parent_of(training: dict[str, Any], tokenizer: Path) -> dict[str, Any] | Non
     of_predictor, of_tokenizer = ((stages.get(stage) or {}).get("inputs") or {} for stage in ("predictor", "tokenizer"))
     known = of_predictor.get("init_from")
     known_tokenizer = of_predictor.get("tokenizer") if tuned is None else of_tokenizer.get("init_from")
-    model = Path(began)
-    name = model.parent.name if model.name == "model" else model.as_posix()
-    beside = model.parent / "tokenizer"
+    name = _name_of(Path(began))
+    beside = Path(began).parent / "tokenizer"
     try:
-        found = resolve_folder(began)
+        found = network_folder(began, "model")
         if known is not None and sha256_of(found / WEIGHTS_FILE) != known:
             raise CheckpointMismatchError(f"{began} has other weights now")
-        if not beside.is_dir():
-            beside = resolve_folder(tuned) if tuned is not None else tokenizer
+        if brings_tokenizer(began):
+            beside = network_folder(began, "tokenizer")
+        elif not beside.is_dir():
+            beside = network_folder(tuned, "tokenizer") if tuned is not None else tokenizer
         return {"name": name, "sha256": pair_sha256(found, beside)}
     except (CheckpointError, OSError) as error:
         if known and known_tokenizer:
             return {"name": name, "sha256": digest_of_pair(known, known_tokenizer)}
         logger.warning("the parent %s is not there any more, its sha256 is not recorded: %s", began, error)
         return {"name": name, "sha256": None}
+
+
+def _name_of(began: Path) -> str:
+    """What the card calls a parent: a bundle as its folder, whichever of the two was named."""
+    if began.name == "model":
+        return began.parent.name
+    return began.name if (began / "model").is_dir() else began.as_posix()
 
 
 def _data_of(training: dict[str, Any]) -> dict[str, Any] | None:

@@ -29,7 +29,8 @@ from cluster.training.group import Group
 from cluster.training.lineage import code_drift, inputs_of
 from cluster.training.loop import STOP_FILE, ray_train_loop, run_stage
 from cluster.training.run_folder import (
-    copy_network,
+    alone_in,
+    copy_tokenizer,
     export,
     fingerprint,
     nothing_kept_of_a_failed_start,
@@ -107,7 +108,7 @@ def train(config: TrainConfig, *, command: str = "cluster.train.train(config)") 
             logger.info("%s: written to %s", stage, made[stage])
             signals.check()
         if config.tokenizer is None and config.predictor is not None and config.predictor.tokenizer is not None:
-            copy_network(config.predictor.tokenizer, config.run.output / STAGES["tokenizer"])
+            copy_tokenizer(config.predictor.tokenizer, config.run.output / STAGES["tokenizer"])
     return made
 
 
@@ -133,9 +134,9 @@ def _train_stage(config: TrainConfig, stage: str, tokenizer: Path | None, signal
     options = getattr(config, stage)
     folder = (config.run.storage / config.run.name / stage).resolve()
     placement = _place(config)
-    inputs = inputs_of(config, options, tokenizer)
-    remember(config, stage, inputs, folder)
+    inputs = inputs_of(config, stage, tokenizer)
     mark = fingerprint(config, stage, inputs)
+    checkpoints = Checkpoints(folder, mark)
     settings: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "stage": stage,
@@ -146,20 +147,9 @@ def _train_stage(config: TrainConfig, stage: str, tokenizer: Path | None, signal
         "directory": str(Path.cwd()),
         "fingerprint": mark,
     }
-    checkpoints = Checkpoints(folder, mark)
-    with nothing_kept_of_a_failed_start(checkpoints):
-        signals.watch(folder / STOP_FILE)
-        if config.training.num_workers == 0:
-            outcome = run_stage(settings, Group(device=resolve_device(placement.device)[0]), lambda metrics: None)
-        else:
-            outcome = _run_on_ray(config, stage, settings, placement)
-        if "error" in outcome:
-            raise outcome["error"]
-        if outcome["stopped"]:
-            (folder / STOP_FILE).unlink(missing_ok=True)
-            logger.warning("%s: stopped at step %d of %d", stage, outcome["steps"], options.steps)
-            signals.came = True
-            signals.check()
+    with alone_in(folder):
+        remember(config, stage, inputs, checkpoints)
+        outcome = _run(config, stage, settings, placement, checkpoints, signals)
     warnings = [*placement.warnings, *outcome["warnings"], *outcome["refused"]]
     for warning in outcome["warnings"]:
         logger.warning(warning)
@@ -179,6 +169,32 @@ def _train_stage(config: TrainConfig, stage: str, tokenizer: Path | None, signal
         )
     record(config, stage, inputs=inputs, outcome=outcome, best=best, warnings=warnings, drift=drift, command=command)
     return target
+
+
+def _run(
+    config: TrainConfig,
+    stage: str,
+    settings: dict[str, Any],
+    placement: WorkerPlacement,
+    checkpoints: Checkpoints,
+    signals: _Signals,
+) -> dict[str, Any]:
+    """What run_stage returns, computed in this process or on Ray. Raises what it returns as an error, and Stopped."""
+    stop_file = checkpoints.folder / STOP_FILE
+    with nothing_kept_of_a_failed_start(checkpoints):
+        signals.watch(stop_file)
+        if config.training.num_workers == 0:
+            outcome = run_stage(settings, Group(device=resolve_device(placement.device)[0]), lambda metrics: None)
+        else:
+            outcome = _run_on_ray(config, stage, settings, placement)
+        if "error" in outcome:
+            raise outcome["error"]
+        if outcome["stopped"]:
+            stop_file.unlink(missing_ok=True)
+            logger.warning("%s: stopped at step %d of %d", stage, outcome["steps"], getattr(config, stage).steps)
+            signals.came = True
+            signals.check()
+    return outcome
 
 
 def _place(config: TrainConfig) -> WorkerPlacement:

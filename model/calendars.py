@@ -85,6 +85,9 @@ def _infer_step(local: np.ndarray, *, gaps_allowed: bool) -> np.timedelta64:
         raise CalendarError("freq", "freq_ambiguous", "one bar shows no bar size: give freq")
     sizes, counts = np.unique(steps, return_counts=True)
     step = sizes[counts.argmax()]
+    if sizes[0] <= np.timedelta64(0):  # times of nanoseconds, cut to microseconds
+        text = "bars less than a microsecond apart have no future times here: give bars of a microsecond or more"
+        raise CalendarError("freq", "freq_too_small", text)
     if len(sizes) == 1:
         return step
     if not gaps_allowed:

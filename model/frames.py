@@ -103,8 +103,10 @@ def candle_array(df: pd.DataFrame) -> np.ndarray:
         raise InputError(f"candles must be a pandas DataFrame, not {type(df).__name__}", code="not_a_frame")
     missing = [name for name in PRICE_COLUMNS if name not in df.columns]
     if missing:
+        alike = next((name for name in map(str, df.columns) if name.strip().lower() == missing[0]), None)
         raise InputError(
-            f"column {missing[0]!r} is missing: {', '.join(PRICE_COLUMNS)} are needed, volume and amount may be there",
+            f"column {missing[0]!r} is missing: {', '.join(PRICE_COLUMNS)} are needed, volume and amount may be there"
+            + (f"; rename {alike!r}" if alike is not None else ""),
             code="missing_column",
             column=missing[0],
         )

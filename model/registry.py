@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -19,6 +21,9 @@ MANIFEST_FILE = "SHA256SUMS"
 """As `sha256sum model/* tokenizer/* > SHA256SUMS` writes it, in the folder that holds model/ and tokenizer/."""
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
+
+Part = Literal["model", "tokenizer"]
+"""The two networks of a checkpoint, called as their folders are where one folder holds both."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,28 @@ def whole_path(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
+def network_source(name: str | os.PathLike[str], part: Part) -> tuple[str, str | None]:
+    """(folder or Hub repository, the repository's revision) of one network of what named_source names.
+
+    A folder or repository that is that network alone names it too.
+    """
+    source = named_source(os.fspath(name))
+    if part == "model":
+        return _model_of(source), source.revision
+    tokenizer = _tokenizer_of(source)
+    return (source.model, source.revision) if tokenizer is None else (tokenizer, source.tokenizer_revision)
+
+
+def network_folder(name: str | os.PathLike[str], part: Part) -> Path:
+    """The local folder of network_source, fetched if it is not there. Raises as model.checkpoint.resolve_folder."""
+    return resolve_folder(*network_source(name, part))
+
+
+def brings_tokenizer(name: str | os.PathLike[str]) -> bool:
+    """Whether a name, as named_source takes it, stands for a model and its tokenizer."""
+    return _tokenizer_of(named_source(os.fspath(name))) is not None
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model and its tokenizer, loaded on the CPU, in evaluation mode, verified.
@@ -159,17 +186,30 @@ def load_checkpoint(source: CheckpointSource) -> Checkpoint:
 
 def _pair(source: CheckpointSource) -> tuple[str, str]:
     """The model's and the tokenizer's folder or repository."""
-    folder = BUNDLED_FOLDER if source.model == "bundled" else Path(source.model)
-    holds_both = (folder / "model").is_dir() and (folder / "tokenizer").is_dir()
-    model = str(folder / "model") if holds_both else source.model
-    if source.model == "bundled" and not holds_both:
-        raise CheckpointNotFoundError("the bundled checkpoint is not part of this installation")
-    tokenizer = source.tokenizer or (str(folder / "tokenizer") if holds_both else None)
+    model, tokenizer = _model_of(source), _tokenizer_of(source)
     if tokenizer is None:
         raise CheckpointNotFoundError(
             f"{source.id}: no tokenizer is named, and {source.model} holds no folders model/ and tokenizer/"
         )
     return model, tokenizer
+
+
+def _model_of(source: CheckpointSource) -> str:
+    return _within(source, "model") or source.model
+
+
+def _tokenizer_of(source: CheckpointSource) -> str | None:
+    return source.tokenizer or _within(source, "tokenizer")
+
+
+def _within(source: CheckpointSource, part: Part) -> str | None:
+    """The network's folder in the one that holds both; None where there is no such folder."""
+    folder = BUNDLED_FOLDER if source.model == "bundled" else Path(source.model)
+    if (folder / part).is_dir():
+        return str(folder / part)
+    if source.model == "bundled":
+        raise CheckpointNotFoundError("the bundled checkpoint is not part of this installation")
+    return None
 
 
 def _check_manifest(folder: Path) -> None:

@@ -35,7 +35,7 @@ def tiny_config(stage, *, steps=40, folder="out", seed=0, dropout=0.0, training=
     if "init_from" in options:
         del chosen["network"]
         chosen["init_from"] = str(options["init_from"])
-    if "tokenizer" in chosen:
+    if chosen.get("tokenizer") is not None:
         chosen["tokenizer"] = str(chosen["tokenizer"])
     return parse_config(
         {

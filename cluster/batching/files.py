@@ -182,9 +182,21 @@ def _size(file: Path) -> int:
 
 def _long_symbols(file: Path, names: Layout) -> list[str]:
     seen: dict[str, None] = {}
-    for batch in dataset(file, names, None).to_batches(columns=[names.symbol]):
+    table = dataset(file, names, None)
+    _require_symbols(table.schema, names, file)
+    for batch in table.to_batches(columns=[names.symbol]):
         seen.update(dict.fromkeys(symbol_texts(pc.unique(batch.column(0)))))
     return list(seen)
+
+
+def _require_symbols(schema: pa.Schema, names: Layout, file: Path | str) -> None:
+    """Raises InputError for a symbol column of lists or structures, which a Parquet file can hold."""
+    if pa.types.is_nested(kind := schema.field(names.symbol).type):
+        raise InputError(
+            f"{file}: column {names.symbol!r} holds {kind}, not symbols: write each symbol as text",
+            code="not_a_symbol",
+            column=names.symbol,
+        )
 
 
 def symbol_texts(values: pa.Array) -> list[str]:
@@ -210,12 +222,14 @@ def read_columns(file: str, names: Layout, columns: Sequence[str], wanted: Seque
     """Some columns of a file, and with `wanted` only the rows of those symbols.
 
     The candles of a CSV are numbers, or all of them text where one is no number: then the symbol it belongs to can say
-    so, and the others can be read. Raises pyarrow's errors.
+    so, and the others can be read. Raises pyarrow's errors, and InputError for symbols that are none.
     """
     number: pa.DataType
     for number in (pa.float64(), pa.string()):
         try:
             found = dataset(file, names, number)
+            if wanted is not None:
+                _require_symbols(found.schema, names, file)
             keep = None if wanted is None else _symbol_is_in(found.schema, names, wanted)
             return found.to_table(columns=list(columns), filter=keep)
         except pa.ArrowInvalid:

@@ -70,10 +70,13 @@ def new_folder(destination: Path, *, replace: bool) -> Iterator[Path]:
     """A folder beside destination to fill, which takes its place at the end; after an error nothing has changed.
 
     Hidden until then, so that a server never sees half a bundle. Raises InputError if destination exists and is not to
-    be replaced.
+    be replaced, or is no bundle: whoever leaves out the name at the end of models/mine must not lose models.
     """
     if destination.exists() and not replace:
         raise InputError(f"{destination} exists: choose another folder, or give --replace", code="exists")
+    if destination.exists() and not _may_be_replaced(destination):
+        text = f"{destination} is no bundle and is not replaced: name the bundle's own folder, as in {destination}/mine"
+        raise InputError(text, code="not_a_bundle")
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as temporary:
         part = Path(temporary) / "new"
@@ -86,6 +89,11 @@ def new_folder(destination: Path, *, replace: bool) -> Iterator[Path]:
             part.rename(destination)
         elif not _exchange(part, destination):
             _replace_in_two_steps(part, destination, Path(temporary) / "old")
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether a bundle lies there, or an empty folder."""
+    return path.is_dir() and ((path / "model" / CONFIG_FILE).is_file() or not any(path.iterdir()))
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,7 @@ def _splits(config: dict[str, Any]) -> dict[str, str | None]:
 
 def utc_moment(text: str) -> np.datetime64:
     """An ISO 8601 date or time, in UTC if it has a time zone. Raises ValueError."""
+    datetime.fromisoformat(text)  # pandas reads 07/01/2024, too: as July 1, whoever wrote it
     stamp = pd.Timestamp(text)
     return (stamp.tz_convert("UTC").tz_localize(None) if stamp.tz is not None else stamp).to_datetime64()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,13 +165,34 @@ def bars_from_frame(
             column=symbol_column,
             row=row,
         )
-    codes, symbols = pd.factorize(frame[symbol_column])
+    try:
+        codes, symbols = symbol_codes(frame[symbol_column])
+    except InputError as error:
+        raise InputError(f"{name}: {error}", code=error.code, column=error.column, row=error.row) from error
     order = np.argsort(codes, kind="stable")
     rows_by_symbol = np.split(order, np.cumsum(np.bincount(codes))[:-1])
     return [
         _symbol_bars(frame.iloc[rows], rows, str(symbol), f"{name}, symbol {symbol!s}", time_column)
         for symbol, rows in zip(symbols, rows_by_symbol, strict=True)
     ]
+
+
+def symbol_codes(column: pd.Series) -> tuple[np.ndarray, pd.Index]:
+    """(int64 [T], the place of each row's symbol among the symbols, −1 where there is none; the symbols).
+
+    Raises InputError for lists and structures, which a Parquet file can hold.
+    """
+    try:
+        codes, symbols = pd.factorize(column)
+    except TypeError:
+        row = next(place for place, value in enumerate(column) if not isinstance(value, Hashable))
+        raise InputError(
+            f"column {column.name!r}, row {row} holds lists or structures, not symbols: write each symbol as text",
+            code="not_a_symbol",
+            column=str(column.name),
+            row=row,
+        ) from None
+    return codes, pd.Index(symbols)
 
 
 def _symbol_bars(frame: pd.DataFrame, rows: np.ndarray, symbol: str, where: str, time_column: str) -> SymbolBars:

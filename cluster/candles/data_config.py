@@ -54,6 +54,16 @@ class TimeSplit(Strict):
         "never scored. false: a window lies in one split",
     )
 
+    @field_validator("validation_from", "test_from", mode="before")
+    @classmethod
+    def _no_number(cls, moment: Any) -> Any:
+        if isinstance(moment, int | float) or (
+            isinstance(moment, str) and moment.strip().replace(".", "", 1).isdigit()
+        ):
+            # As seconds since 1970, which is how pydantic would read it, 2024 is a moment of that year.
+            raise ValueError(f"must be a date or time such as 2024-07-01, not {moment}")
+        return moment
+
     @field_validator("validation_from", "test_from")
     @classmethod
     def _in_utc(cls, moment: datetime | None) -> datetime | None:

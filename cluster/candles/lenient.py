@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cluster.candles.bars import out_of_range
+from cluster.candles.bars import out_of_range, symbol_codes
+from model.errors import InputError
 from model.types import COLUMNS
 
 PRICES = COLUMNS[:4]
@@ -96,7 +97,11 @@ class Lenient:
         if self.symbol_column not in frame.columns:
             yield file.stem, np.arange(len(frame))
             return
-        codes, symbols = pd.factorize(frame[self.symbol_column])
+        try:
+            codes, symbols = symbol_codes(frame[self.symbol_column])
+        except InputError as error:
+            self._fault(error.code, str(error), "name one symbol a row", str(file), column=self.symbol_column)
+            return
         nameless = np.flatnonzero(codes < 0)
         if len(nameless):
             text = f"{len(nameless)} rows have no {self.symbol_column}"

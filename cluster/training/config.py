@@ -26,8 +26,9 @@ from pydantic import (
 from cluster.candles.data_config import DataConfig, Strict
 from cluster.redact import redact
 from model.errors import InputError
+from model.registry import PUBLISHED, Part, brings_tokenizer, network_source
 
-STAGES = {"tokenizer": "tokenizer", "predictor": "model"}
+STAGES: dict[str, Part] = {"tokenizer": "tokenizer", "predictor": "model"}
 """Stage → folder of its network below run.output, in the order they run."""
 RAY_ONLY = ("ray_address", "max_failures")
 """Keys of `training` that a run in this process does not read."""
@@ -60,6 +61,7 @@ CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto), _
 Workers = Annotated[int | tuple[int, int], PlainValidator(_workers), _AsItIs]
 
 
+_NAMES = ", ".join(["bundled", *PUBLISHED])
 _NOT_OF_THIS_KIND = {
     "tuple_type": "must be a list, as in [a, b]",
     "model_type": "must be a section of keys and values",
@@ -144,7 +146,11 @@ class EarlyStopping(Strict):
 class Stage(Strict):
     phases: tuple[Phase, ...] = Field(min_length=1)
     optimisation: Optimisation = Optimisation()
-    init_from: Path | None = Field(default=None, description="folder of weights to start from; default: from scratch")
+    init_from: Path | None = Field(
+        default=None,
+        description="weights to start from: a bundle, a network's own folder, a name such as kronos-small, or a Hub "
+        "repository; default: from scratch",
+    )
     method: Literal["full", "lora"] = Field(default="full", description="train the weights, or adapters beside them")
     lora: Lora | None = Field(default=None, description="with method: lora; default: rank 8 on q, k, v, o and ffn")
     depth: int | None = Field(
@@ -164,7 +170,7 @@ class Stage(Strict):
     def _options_that_belong_together(self) -> Stage:
         fresh = self.init_from is None
         if self.method == "lora" and fresh:
-            raise ValueError("method: lora needs init_from, the folder of the weights that the adapters stand beside")
+            raise ValueError("method: lora needs init_from, the weights that the adapters stand beside")
         if self.method == "lora" and self.depth is not None:
             raise ValueError("depth is for method: full; with lora the adapters alone are trained: leave depth out")
         if self.method == "full" and self.lora is not None:
@@ -205,7 +211,9 @@ class TokenizerStage(Stage):
 
 class PredictorStage(Stage):
     network: PredictorShape | None = Field(default=None, description="default: the shape above, or init_from's")
-    tokenizer: Path | None = Field(default=None, description="folder of the tokenizer; default: the one this run makes")
+    tokenizer: Path | None = Field(
+        default=None, description="named as init_from is; default: the one this run makes, else that of init_from"
+    )
     s2_conditioning: Literal["teacher", "sampled", "mixed"] = Field(
         default="teacher",
         description="what s2 is conditioned on: the true s1, or one drawn as the published trainer does, or either",
@@ -226,7 +234,10 @@ class PredictorStage(Stage):
 class RunConfig(Strict):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     storage: Path = Field(default=Path("runs"), description="folder of runs, which all nodes of a cluster must share")
-    output: Path = Field(description="folder that gets tokenizer/ and model/ at the end")
+    output: Path = Field(
+        default_factory=lambda known: known["storage"] / known["name"] / "output",
+        description="folder that gets tokenizer/ and model/ at the end; default: output in the run's own folder",
+    )
     seed: int = Field(default=0, ge=0)
 
 
@@ -290,8 +301,23 @@ class TrainConfig(Strict):
     def _something_to_do(self) -> TrainConfig:
         if self.tokenizer is None and self.predictor is None:
             raise ValueError("give a tokenizer stage, a predictor stage or both")
-        if self.predictor is not None and self.tokenizer is None and self.predictor.tokenizer is None:
-            raise ValueError("predictor.tokenizer must name a folder when no tokenizer is trained")
+        if self.predictor is None:
+            return self
+        named, parent = self.predictor.tokenizer, self.predictor.init_from
+        if self.tokenizer is not None and named is not None:
+            raise ValueError(
+                f"predictor.tokenizer names {named}, but the predictor takes the tokenizer that this run makes: leave "
+                "predictor.tokenizer out, or the tokenizer stage"
+            )
+        if self.tokenizer is None and named is None and (parent is None or not brings_tokenizer(parent)):
+            raise ValueError(
+                "predictor.tokenizer must name a folder, a model or a Hub repository when no tokenizer is trained"
+                + (
+                    f": init_from={parent} brings none, as a bundle's folder and {_NAMES} do"
+                    if parent is not None
+                    else ""
+                )
+            )
         return self
 
     @model_validator(mode="after")
@@ -300,7 +326,7 @@ class TrainConfig(Strict):
             stage: Stage | None = getattr(self, name)
             if stage is None or stage.init_from is None:
                 continue
-            if stage.init_from.resolve() == (self.run.output / folder).resolve():
+            if Path(network_source(stage.init_from, folder)[0]).resolve() == (self.run.output / folder).resolve():
                 raise ValueError(
                     f"{name}.init_from lies in run.output, which would overwrite it: choose another run.output"
                 )
@@ -328,7 +354,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}", code="unreadable_config") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none, or no UTF-8
         raise InputError(f"{path} is not YAML: {error}", code="unreadable_config") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path} must hold keys and values", code="unreadable_config")
@@ -345,7 +371,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise InputError(f"override {override!r} must look like section.key=value", code="bad_override")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"override {override!r}: the value is not YAML: {error}", code="bad_override") from error
     place: Any = raw
     for depth, key in enumerate(keys):
@@ -363,18 +389,28 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 def parse_config(raw: dict[str, Any]) -> TrainConfig:
     """Checks a nested dict. Raises InputError that lists every fault."""
     try:
-        return TrainConfig.model_validate(raw)
+        return _with_tokenizer(TrainConfig.model_validate(raw))
     except ValidationError as error:
         found = error.errors()
-        # A list whose only item is at fault counts as empty, too: that says nothing.
+        # A list whose only item is at fault counts as empty, and a default made of a value at fault is at fault, too:
+        # that says nothing.
         faults = [
             _describe(raw, fault)
             for fault in found
-            if not any(
+            if fault["type"] != "default_factory_not_called"
+            and not any(
                 len(other["loc"]) > (n := len(fault["loc"])) and other["loc"][:n] == fault["loc"] for other in found
             )
         ]
         raise InputError("configuration: " + "; ".join(faults), code="bad_config") from None
+
+
+def _with_tokenizer(config: TrainConfig) -> TrainConfig:
+    """The same, with the tokenizer that init_from brings written down where nothing says another."""
+    predictor = config.predictor
+    if predictor is None or predictor.tokenizer is not None or config.tokenizer is not None:
+        return config
+    return config.model_copy(update={"predictor": predictor.model_copy(update={"tokenizer": predictor.init_from})})
 
 
 def _describe(raw: dict[str, Any], fault: Any) -> str:

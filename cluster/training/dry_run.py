@@ -18,7 +18,7 @@ from model.checkpoint import WEIGHTS_FILE
 from model.errors import KronosError
 from model.kronos import Kronos
 from model.predictor import KronosPredictor
-from model.registry import sha256_of
+from model.registry import network_folder, sha256_of
 from model.tokenizer import KronosTokenizer
 from model.types import Sampling, Series
 
@@ -83,8 +83,8 @@ def _small(config: TrainConfig, folder: Path) -> TrainConfig:
 
 def _use(config: TrainConfig, made: dict[str, Path], bars: SymbolBars) -> str:
     """Forecasts the last bars of a series with the pair; with a tokenizer alone it must load."""
-    tokenizer_folder = made.get("tokenizer") or (config.predictor and config.predictor.tokenizer)
-    tokenizer = KronosTokenizer.from_pretrained(str(tokenizer_folder))
+    named = made.get("tokenizer") or (config.predictor and config.predictor.tokenizer)
+    tokenizer = KronosTokenizer.from_pretrained(network_folder(str(named), "tokenizer"))
     if "predictor" not in made:
         return f"loaded the tokenizer: {tokenizer.s1_bits} + {tokenizer.s2_bits} bits"
     predictor = KronosPredictor(Kronos.from_pretrained(made["predictor"]), tokenizer, device=config.training.device)

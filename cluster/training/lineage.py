@@ -10,27 +10,27 @@ import torch
 
 from cluster.candles.sources import describe_source
 from cluster.data import WindowSet, fixed_subset, load_splits
-from cluster.training.config import Stage, TokenizerStage, TrainConfig
-from model.checkpoint import WEIGHTS_FILE, resolve_folder
-from model.registry import sha256_of
+from cluster.training.config import STAGES, Stage, TokenizerStage, TrainConfig
+from model.checkpoint import WEIGHTS_FILE
+from model.registry import Part, network_folder, sha256_of
 from model.tokenizer import KronosTokenizer
 
 
-def weights_sha256(source: Path | None) -> str | None:
-    return sha256_of(resolve_folder(source) / WEIGHTS_FILE) if source is not None else None
+def weights_sha256(source: Path | None, part: Part) -> str | None:
+    return sha256_of(network_folder(source, part) / WEIGHTS_FILE) if source is not None else None
 
 
-def inputs_of(config: TrainConfig, stage: Stage, tokenizer: Path | None) -> dict[str, Any]:
+def inputs_of(config: TrainConfig, stage: str, tokenizer: Path | None) -> dict[str, Any]:
     """Hashes of all that a stage reads."""
     return {
         "data": describe_source(config.data.source)["sha256"],
-        "init_from": weights_sha256(stage.init_from),
-        "tokenizer": weights_sha256(tokenizer),
+        "init_from": weights_sha256(getattr(config, stage).init_from, STAGES[stage]),
+        "tokenizer": weights_sha256(tokenizer, "tokenizer"),
     }
 
 
 def parent_of(stage: Stage, inputs: dict[str, Any]) -> dict[str, str] | None:
-    """The folder whose weights a stage started from, and their sha256; None for one from scratch."""
+    """What the weights that a stage started from are called, and their sha256; None for one from scratch."""
     if stage.init_from is None:
         return None
     return {"folder": stage.init_from.as_posix(), "sha256": inputs["init_from"]}
@@ -46,7 +46,9 @@ def code_drift(config: TrainConfig, stage: TokenizerStage, tuned: Path) -> dict[
     split = load_splits(config.data)["validation"]
     data = config.data
     windows = WindowSet(split, last.window, stride=data.stride, clip=data.clip, min_context=2, reach_back=False)
-    before, after = (KronosTokenizer.from_pretrained(folder) for folder in (stage.init_from or tuned, tuned))
+    before, after = (
+        KronosTokenizer.from_pretrained(network_folder(name, "tokenizer")) for name in (stage.init_from or tuned, tuned)
+    )
     changed_s1, changed = [], []
     for ids, contexts in fixed_subset(windows, stage.validation_windows, config.run.seed, 16):
         x = torch.from_numpy(windows.batch(ids, contexts).x)

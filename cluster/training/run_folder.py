@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +22,14 @@ from cluster.training.config import STAGES, Stage, TrainConfig
 from cluster.training.lineage import parent_of
 from cluster.training.memory import SIZES_FILE
 from cluster.training.stages import make_task
-from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, resolve_folder
+from model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from model.errors import InputError
+from model.registry import network_folder, network_source
 
 CONFIG_COPY = "config.yaml"
+LOCK_FILE = ".lock"
+
+logger = logging.getLogger(__name__)
 
 # What may change between an interrupted run and its continuation without changing the numbers.
 _FREE = {
@@ -38,16 +44,40 @@ _FREE = {
 }
 
 
-def remember(config: TrainConfig, stage: str, inputs: dict[str, Any], folder: Path) -> None:
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Makes a run's folder and holds its lock, which the system frees however this process ends.
+
+    Raises InputError if another process has it: two of them would remove each other's checkpoints.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process is training in {folder}: wait for it, stop it, or choose another run.name",
+                code="run_in_use",
+            ) from None
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s): let no other process train in it", folder, error.strerror)
+        yield
+
+
+def remember(config: TrainConfig, stage: str, inputs: dict[str, Any], checkpoints: Checkpoints) -> None:
     """Writes the configuration and the hashes of the inputs beside the checkpoints.
 
-    Raises InputError for a folder that another configuration, other data or other weights have used.
+    Raises InputError for a folder with checkpoints of another configuration, other data or other weights. Without any,
+    as where the process was killed before the first, nothing is lost by starting over.
     """
+    folder = checkpoints.folder
     path = folder / CONFIG_COPY
     now = config.model_dump(mode="json", include={"run", "training", "data", stage}) | {"inputs": inputs}
     if path.is_file():
         changed = differences(yaml.safe_load(path.read_text(encoding="utf-8")), redact(now))
-        if changed:
+        if changed and checkpoints.empty:
+            _forget(folder)
+        elif changed:
             raise InputError(
                 f"run {config.run.name!r} exists in {folder.parent} with another {', '.join(changed[:5])}: choose "
                 "another run.name, or the old values to resume it",
@@ -63,9 +93,14 @@ def nothing_kept_of_a_failed_start(checkpoints: Checkpoints) -> Iterator[None]:
         yield
     except BaseException:
         if checkpoints.empty:
-            for name in (CONFIG_COPY, SIZES_FILE):
-                (checkpoints.folder / name).unlink(missing_ok=True)
+            _forget(checkpoints.folder)
         raise
+
+
+def _forget(folder: Path) -> None:
+    """What a start leaves before its first checkpoint, and must not decide over the next one."""
+    for name in (CONFIG_COPY, SIZES_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def fingerprint(config: TrainConfig, stage: str, inputs: dict[str, Any]) -> str:
@@ -96,9 +131,9 @@ def export(stage: Stage, tokenizer: Path | None, checkpoint: Saved, folder: Path
     task.export(folder)
 
 
-def copy_network(source: Path, folder: Path) -> None:
-    """A network that a run used and did not train, so that its output is a whole bundle."""
-    found = resolve_folder(source)
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer that a run used and did not train, so that its output is a whole bundle."""
+    found = network_folder(source, "tokenizer")
     if folder.exists() and folder.samefile(found):
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,11 +193,8 @@ def _stages_before(config: TrainConfig, stage: str, path: Path) -> dict[str, Any
     if stage == "tokenizer" or not path.is_file():
         return {}
     used = config.predictor.tokenizer if config.predictor is not None else None
-    if (
-        config.tokenizer is None
-        and used is not None
-        and used.resolve() != (path.parent / STAGES["tokenizer"]).resolve()
-    ):
+    beside = (path.parent / STAGES["tokenizer"]).resolve()
+    if used is not None and Path(network_source(used, "tokenizer")[0]).resolve() != beside:
         return {}
     known = json.loads(path.read_text(encoding="utf-8")).get("stages", {})
     return {"tokenizer": known["tokenizer"]} if "tokenizer" in known else {}

@@ -27,11 +27,11 @@ from cluster.training.config import (
     TokenizerStage,
 )
 from cluster.training.freezing import freeze
-from model.checkpoint import WEIGHTS_FILE, PretrainedMixin, resolve_folder
+from model.checkpoint import WEIGHTS_FILE, PretrainedMixin
 from model.errors import CheckpointMismatchError
 from model.kronos import Kronos
 from model.losses import TokenizerLoss, predictor_loss, tokenizer_loss
-from model.registry import sha256_of
+from model.registry import network_folder, sha256_of
 from model.tokenizer import KronosTokenizer
 from model.types import COLUMNS
 
@@ -58,12 +58,13 @@ class Task(ABC):
     reach_back: bool
     parts: tuple[str, ...]
 
-    def __init__(self, stage: Stage, network: nn.Module) -> None:
+    def __init__(self, stage: Stage, network: nn.Module, parent: Path | None) -> None:
+        """parent: local folder of the weights that network was loaded from."""
         self.network = network
         self.lora = (stage.lora or Lora()) if stage.method == "lora" else None
         self.base_sha256 = ""
         if self.lora is not None:
-            self.base_sha256 = sha256_of(resolve_folder(cast(Path, stage.init_from)) / WEIGHTS_FILE)
+            self.base_sha256 = sha256_of(cast(Path, parent) / WEIGHTS_FILE)
             add_adapters(network, self.lora)
         else:
             freeze(network, stage.depth or 5)
@@ -104,11 +105,12 @@ class TokenizerTask(Task):
     reach_back = False
 
     def __init__(self, stage: TokenizerStage) -> None:
-        if stage.init_from is not None:
-            network = KronosTokenizer.from_pretrained(stage.init_from)
+        parent = network_folder(stage.init_from, "tokenizer") if stage.init_from is not None else None
+        if parent is not None:
+            network = KronosTokenizer.from_pretrained(parent)
         else:
             network = KronosTokenizer(**(stage.network or TokenizerShape()).model_dump())
-        super().__init__(stage, network)
+        super().__init__(stage, network, parent)
         # Unit vectors and their entropies stay fp32 in mixed precision.
         network.tokenizer.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         # None: the published loss, as it stands.
@@ -146,12 +148,13 @@ class PredictorTask(Task):
     parts = ("s1", "s2")
 
     def __init__(self, stage: PredictorStage, tokenizer_folder: Path) -> None:
-        self.tokenizer = KronosTokenizer.from_pretrained(tokenizer_folder)
+        self.tokenizer = KronosTokenizer.from_pretrained(network_folder(tokenizer_folder, "tokenizer"))
         self.sampled_share = {"teacher": 0.0, "sampled": 1.0, "mixed": stage.mixed_share}[stage.s2_conditioning]
         self.rotate_cross = stage.cross_attention == "published"
         bits = (self.tokenizer.s1_bits, self.tokenizer.s2_bits)
-        if stage.init_from is not None:
-            network = Kronos.from_pretrained(stage.init_from)
+        parent = network_folder(stage.init_from, "model") if stage.init_from is not None else None
+        if parent is not None:
+            network = Kronos.from_pretrained(parent)
             if (network.s1_bits, network.s2_bits) != bits:
                 raise CheckpointMismatchError(
                     f"the predictor in {stage.init_from} has tokens of {network.s1_bits} + {network.s2_bits} bits, the "
@@ -159,7 +162,7 @@ class PredictorTask(Task):
                 )
         else:
             network = Kronos(*bits, **(stage.network or PredictorShape()).model_dump())
-        super().__init__(stage, network)
+        super().__init__(stage, network, parent)
 
     def loss(self, network: nn.Module, batch: Batch, device: torch.device) -> StepLoss:
         self.tokenizer.to(device)
@@ -195,7 +198,7 @@ class PredictorTask(Task):
 
 
 def make_task(stage: Stage, tokenizer_folder: Path | None) -> Task:
-    """tokenizer_folder: needed by a predictor stage."""
+    """tokenizer_folder: needed by a predictor stage; named as predictor.tokenizer is."""
     if isinstance(stage, TokenizerStage):
         return TokenizerTask(stage)
     if isinstance(stage, PredictorStage) and tokenizer_folder is not None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cluster.data import Batch, SplitBars, WindowSet, WindowStream, fixed_subset, last_bar, load_splits
+from cluster.data import Batch, SplitBars, WindowSet, WindowStream, fixed_subset, load_splits, split_moments
 from cluster.training.config import Stage, TrainConfig
 from cluster.training.freezing import trained_parameters
 from cluster.training.group import Group
@@ -71,14 +71,8 @@ class Worker:
 
     def split_moments(self) -> dict[str, str]:
         """Where the data is split by time: validation_from, and test_from or else last_bar; in ISO 8601."""
-        moments = {
-            f"{name}_from": str(split.begins.astype("datetime64[s]"))
-            for name, split in self._splits.items()
-            if split.begins is not None
-        }
-        if moments and "test" not in self._splits:
-            moments["last_bar"] = last_bar(self._splits["validation"].series)
-        return moments
+        begins = [split.begins for split in self._splits.values() if split.begins is not None]
+        return split_moments(begins, self._splits["validation"].series)
 
     def windows(self, split: str, bars: int) -> WindowSet:
         return self._windows(self._splits[split], bars)

@@ -33,6 +33,17 @@ def test_files_folders_and_globs_are_found_once_each(tmp_path):
             find_files([str(tmp_path / nothing)])
 
 
+def test_a_symbol_column_of_lists_costs_its_file(tmp_path):
+    candles(20).assign(symbol="A").to_parquet(tmp_path / "good.parquet")
+    candles(20).assign(symbol=[["A"]] * 20).to_parquet(tmp_path / "lists.parquet")
+    good, lists = scan([tmp_path / "good.parquet", tmp_path / "lists.parquet"], NAMES)
+    assert good.symbols == ("A",)
+    assert (lists.fault.code, lists.fault.column) == ("not_a_symbol", "symbol")
+    assert "lists.parquet: column 'symbol' holds list<" in str(lists.fault)
+    [unit] = plan_units([lists], None, [], 8)
+    assert str(load_unit(unit, NAMES, HistoryRules(horizon=4))["lists"]) == str(lists.fault)
+
+
 def test_a_file_whose_name_holds_a_pattern_is_itself(tmp_path):
     (tmp_path / "BTC[1h].csv").touch()
     assert [file.name for file in find_files([str(tmp_path / "BTC[1h].csv")])] == ["BTC[1h].csv"]

@@ -127,6 +127,15 @@ def test_future_times(index, rules, expected):
     assert str(future.tz) == str(index.tz)
 
 
+def test_bars_closer_than_a_microsecond_are_refused():
+    """Which is what future times are counted in: two of them would be one."""
+    index = pd.date_range("2024-07-02 14:00", periods=9, freq="ns", tz="UTC")
+    for calendar in (None, "24/7", "XNYS"):
+        with pytest.raises(InputError, match=r"less than a microsecond apart .* give bars of") as caught:
+            future_index(index, HistoryRules(horizon=2, calendar=calendar))
+        assert caught.value.code == "freq_too_small"
+
+
 def test_wide_and_long_tables_give_the_same_histories(tmp_path):
     """Ragged: the bars that a symbol does not have are empty cells of the wide table."""
     long = pd.concat([candles(40).assign(symbol="A"), candles(25, "2024-01-01 01:00").assign(symbol="B.X")])

@@ -14,6 +14,7 @@ from cluster.evaluation.scores import covered
 from cluster.evaluation.walk_forward import WalkForward
 from model.calibration import CALIBRATION_FILE, load_calibration, parse_calibration, typical_move, usual_bar_seconds
 from model.errors import CheckpointMismatchError, InputError
+from model.registry import BUNDLED_FOLDER
 
 SHA = "a" * 64
 
@@ -211,3 +212,19 @@ def test_too_few_forecasts_are_refused():
         fitting.fit(ModelChoice("bundled"), [], WalkForward(), "scale")
     with pytest.raises(InputError, match="not known"):
         fitting.fit(ModelChoice("bundled"), [bars], WalkForward(), "magic")
+
+
+@pytest.mark.parametrize("named", [[], ["--model", "bundled"], ["--model", str(BUNDLED_FOLDER)]])
+def test_the_installed_package_gets_no_calibration(named, capsys):
+    """Said before the data is looked at: fitting takes long."""
+    assert fitting.main(["fit", "--data", "nowhere.csv", *named]) == 2
+    assert "name a bundle with --model" in capsys.readouterr().err
+    assert not (BUNDLED_FOLDER / CALIBRATION_FILE).exists()
+
+
+def test_a_file_that_cannot_be_written_is_said_before_the_forecasts(tmp_path, capsys):
+    for out in (tmp_path, tmp_path / "absent" / "calibration.json"):
+        assert fitting.main(["fit", "--data", "nowhere.csv", "--out", str(out)]) == 2
+        assert f"error: {out} cannot be written" in capsys.readouterr().err
+    assert fitting.main(["fit", "--data", "nowhere.csv", "--out", str(tmp_path / "calibration.json")]) == 2
+    assert "nowhere.csv" in capsys.readouterr().err

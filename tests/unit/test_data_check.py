@@ -248,6 +248,18 @@ def test_what_the_strict_reader_refuses_is_a_fault_here(tmp_path, seed):
     assert caught.value.code in codes
 
 
+@pytest.mark.parametrize("symbol", [["A"], {"name": "A"}])
+def test_a_symbol_column_of_lists_is_a_fault_of_its_file(tmp_path, symbol):
+    path = write(good(20).assign(symbol=[symbol] * 20), tmp_path / "bars.parquet")
+    report = check([path, write(good(60), tmp_path / "fine.csv")])
+    fault = found(report)["not_a_symbol"]
+    assert (fault.file, fault.column) == (str(path), "symbol")
+    assert [one.symbol for one in report.symbols] == ["fine"]
+    with pytest.raises(InputError, match=r"bars\.parquet: column 'symbol', row 0 holds lists .* as text") as caught:
+        read_bars(path)
+    assert caught.value.code == "not_a_symbol"
+
+
 def test_no_bar_has_a_symbol(tmp_path):
     report = check([write(good(20, symbol=""), tmp_path / "bars.csv")])
     assert len(found(report)["missing_symbol"].rows) == 20
@@ -357,6 +369,7 @@ def test_options_that_make_no_sense(tmp_path, capsys, arguments):
         (["--validation-share", "1.2"], "--validation-share 1.2: Input should be less than 1"),
         (["--validation-share", "0.2", "--embargo-bars", "-1"], "--embargo-bars -1: "),
         (["--validation-from", "soon"], "--validation-from soon: "),
+        (["--validation-from", "2024"], "--validation-from 2024: must be a date or time such as 2024-07-01"),
         (["--validation-share", "0.6", "--test-share", "0.6"], "validation_share and test_share leave nothing"),
         (["--bar", "soon"], "--bar 'soon' must be a length of time"),
     ],

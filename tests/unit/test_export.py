@@ -352,6 +352,19 @@ def test_what_is_there_is_replaced_only_on_request_and_only_by_something_whole(
     assert [path.name for path in bundle.parent.iterdir()] == ["mine"]
 
 
+def test_a_folder_of_bundles_is_not_replaced_by_one(run_output, bundle, capsys):
+    """models for models/mine: all of them would be lost."""
+    root = bundle.parent
+    report = save(report_of(bundle), root.parent / "report.json")
+    for command in (
+        lambda: export_module.main([str(run_output), str(root), "--replace"]),
+        lambda: promote_module.main([str(bundle), "--report", str(report), "--to", str(root)]),
+    ):
+        assert command() == 2
+        assert f"{root} is no bundle and is not replaced" in capsys.readouterr().err
+        verify_bundle(bundle)
+
+
 def test_nobody_finds_nothing_while_a_bundle_is_replaced(run_output, bundle):
     """As a server that looks all the time."""
     missing, over = [], threading.Event()

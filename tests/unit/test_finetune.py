@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,16 @@ import yaml
 from safetensors.torch import load_file
 
 from cluster import train as train_module
+from cluster.bundles.bundle import pair_sha256
 from cluster.candles.bars import frame_from_bars
 from cluster.candles.simulate import simulate
+from cluster.export import export
 from cluster.train import main, train
 from cluster.training.checkpoints import MANIFEST_FILE
 from cluster.training.config import parse_config
 from cluster.training.worker import Worker
 from model.kronos import Kronos
+from model.registry import CheckpointSource, load_checkpoint, network_source, sha256_of
 from model.tokenizer import KronosTokenizer
 from tests.tiny_training import save_predictor, save_tokenizer, tiny_config
 
@@ -252,6 +256,30 @@ def test_a_start_that_failed_is_corrected_under_the_same_name(parent, tmp_path, 
     assert "choose another run.name" in capsys.readouterr().err
 
 
+def test_a_process_that_was_killed_before_its_first_checkpoint_leaves_its_name_free(parent, tmp_path, capsys):
+    """SIGKILL lets nobody clear up; what is still running is not disturbed, nor is what has a checkpoint."""
+    folder = tmp_path / "runs/t/predictor"
+    first = write_yaml(finetune_config(parent, tmp_path, steps=100_000, validate_every=50_000), tmp_path / "first")
+    right = write_yaml(finetune_config(parent, tmp_path, steps=4), tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cluster.train", "--config", str(first), "predictor.log_every=5"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert any("step 5/" in line for line in process.stdout)
+    assert main(["--config", str(right)]) == 2
+    assert "another process is training in" in capsys.readouterr().err
+    process.kill()
+    process.communicate(timeout=60)
+    assert (folder / "config.yaml").is_file()
+    assert main(["--config", str(right)]) == 0
+    assert {line["step"] for line in records(folder)} == {4}
+    assert main(["--config", str(first)]) == 2
+    assert "choose another run.name" in capsys.readouterr().err
+
+
 def test_what_a_finetune_leaves_behind(parent, tmp_path, monkeypatch, caplog):
     """A bundle with both networks; parent, data, method, device and what was given up, on record."""
     monkeypatch.setattr("model.device.cuda_available", lambda: False)
@@ -288,6 +316,68 @@ def test_a_required_gpu_that_is_absent_ends_the_run(parent, tmp_path, monkeypatc
     assert main(["--config", str(config)]) == 2
     assert "training.require_gpu" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def kronos_small(parent, tmp_path, monkeypatch):
+    """The parent as the Hub's cache holds kronos-small; the Hub itself cannot be reached."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for part in ("model", "tokenizer"):
+        repository, revision = network_source("kronos-small", part)
+        shutil.copytree(
+            parent / part, tmp_path / "hub" / f"models--{repository.replace('/', '--')}" / "snapshots" / revision
+        )
+    return "kronos-small"
+
+
+@pytest.mark.parametrize("form", ["alias", "bundle", "two_folders"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_parent_is_named_as_any_model_is(parent, tmp_path, kronos_small, form, method):
+    """The weights decide, not the way in which they are named."""
+    named = {
+        "alias": {"init_from": kronos_small},
+        "bundle": {"init_from": parent},
+        "two_folders": {"init_from": parent / "model", "tokenizer": parent / "tokenizer"},
+    }[form]
+    config = tiny_config("predictor", folder=tmp_path, steps=4, method=method, **{"tokenizer": None} | named)
+    train(config)
+    train(config)  # resumed: it is the same run
+    record = json.loads((tmp_path / "out/training.json").read_text())
+    inputs = record["stages"]["predictor"]["inputs"]
+    assert inputs["init_from"] == sha256_of(parent / "model" / "model.safetensors")
+    assert inputs["tokenizer"] == sha256_of(parent / "tokenizer" / "model.safetensors")
+    assert record["stages"]["predictor"]["parent"]["sha256"] == inputs["init_from"]
+    shutil.rmtree(tmp_path / "out" / "tokenizer")
+    export(tmp_path / "out", tmp_path / "mine")
+    exported = json.loads((tmp_path / "mine/training.json").read_text())
+    name = "kronos-small" if form == "alias" else parent.name
+    assert exported["parent"] == {"name": name, "sha256": pair_sha256(parent / "model", parent / "tokenizer")}
+    assert load_checkpoint(CheckpointSource("mine", str(tmp_path / "mine"))).tokenizer.s1_bits == 4
+
+
+def test_both_networks_of_a_name_are_finetuned(parent, tmp_path, kronos_small):
+    config = tiny_config("tokenizer", folder=tmp_path, steps=2, init_from=kronos_small).model_dump(mode="json")
+    predictor = tiny_config("predictor", steps=2, init_from=kronos_small).model_dump(mode="json")["predictor"]
+    train(parse_config(config | {"predictor": predictor | {"tokenizer": None}}))
+    stages = json.loads((tmp_path / "out/training.json").read_text())["stages"]
+    for stage, part in (("tokenizer", "tokenizer"), ("predictor", "model")):
+        assert stages[stage]["parent"] == {
+            "folder": kronos_small,
+            "sha256": sha256_of(parent / part / "model.safetensors"),
+        }
+    export(tmp_path / "out", tmp_path / "mine")
+    record = json.loads((tmp_path / "mine/training.json").read_text())
+    assert record["parent"]["sha256"] == pair_sha256(parent / "model", parent / "tokenizer")
+
+
+def test_the_bundled_checkpoint_is_tried_dry_by_its_name(tmp_path, monkeypatch, capsys):
+    """From any folder, with the configuration that is shipped."""
+    monkeypatch.chdir(tmp_path)
+    frame_from_bars(simulate(3, 1, 700)).to_csv("candles.csv", index=False)
+    small = ["predictor.phases.0.window=32", "predictor.phases.0.batch_size=2", "training.threads=1"]
+    assert main(["--config", str(ROOT / "cluster/configs/finetune.yaml"), "--dry-run", *small]) == 0
+    assert "dry run: ok" in capsys.readouterr().out
 
 
 def test_a_tokenizer_finetune_reports_how_many_codes_have_changed(parent, tmp_path, caplog):

@@ -1,6 +1,16 @@
 """What a command line's name of a model means."""
 
-from model.registry import BUNDLED, PUBLISHED, named_source
+import pytest
+
+from model.registry import (
+    BUNDLED,
+    BUNDLED_FOLDER,
+    PUBLISHED,
+    brings_tokenizer,
+    named_source,
+    network_folder,
+    network_source,
+)
 
 
 def test_aliases_and_their_repositories_bring_their_tokenizer():
@@ -32,3 +42,24 @@ def test_a_folder_is_found_from_another_working_directory_too(tmp_path, monkeypa
     found = named_source("bundled", tokenizer="tokenizer")
     assert (found.model, found.tokenizer) == tuple(str(tmp_path.resolve() / name) for name in ("bundled", "tokenizer"))
     assert (found.id, named_source(".").id) == ("bundled", tmp_path.resolve().name)
+
+
+@pytest.mark.parametrize("alias", PUBLISHED)
+def test_each_network_of_an_alias_has_its_own_repository_and_revision(alias):
+    source = PUBLISHED[alias]
+    for name in (alias, source.model):
+        assert network_source(name, "model") == (source.model, source.revision)
+        assert network_source(name, "tokenizer") == (source.tokenizer, source.tokenizer_revision)
+        assert brings_tokenizer(name)
+
+
+def test_a_folder_or_repository_is_a_pair_or_one_network(tmp_path):
+    for part in ("model", "tokenizer"):
+        assert network_folder("bundled", part) == BUNDLED_FOLDER / part
+        assert network_folder(BUNDLED_FOLDER / part, part) == (BUNDLED_FOLDER / part).resolve()
+        assert network_source("me/network", part) == ("me/network", None)
+    assert brings_tokenizer(BUNDLED_FOLDER)
+    assert not brings_tokenizer(BUNDLED_FOLDER / "model")
+    assert not brings_tokenizer("me/network")
+    (tmp_path / "tokenizer").mkdir()
+    assert network_source(tmp_path, "tokenizer") == (str(tmp_path.resolve() / "tokenizer"), None), "of a run's output"

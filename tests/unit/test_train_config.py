@@ -11,6 +11,7 @@ from torch import nn
 
 from cluster import placement, train
 from cluster.training import run_folder
+from cluster.training.checkpoints import Checkpoints
 from cluster.training.config import Optimisation, TrainingConfig, load_config, parse_config
 from cluster.training.stages import learning_rate, make_optimizer, weighted_tokenizer_loss
 from model.errors import InputError
@@ -68,6 +69,10 @@ def raw_config(**changes):
             r"tokenizer\.init_from lies in run\.output, .* choose another",
         ),
         (
+            {"predictor__phases": [{"steps": 101, "window": 16, "batch_size": 2}], "predictor__tokenizer": "bundled"},
+            r"predictor\.tokenizer names bundled, .* leave predictor\.tokenizer out, or the tokenizer stage",
+        ),
+        (
             {"predictor__phases": [{"steps": 101, "window": 16, "batch_size": 2}], "predictor__mixed_share": 0.2},
             "mixed_share is for s2_conditioning: mixed, not teacher",
         ),
@@ -76,6 +81,7 @@ def raw_config(**changes):
         ({"tokenizer__early_stopping": {}}, r"tokenizer\.early_stopping\.patience: Field required"),
         ({"run__seed": "many"}, r"run\.seed: .* valid integer"),
         ({"run__name": "../x"}, r"run\.name: .* pattern"),
+        ({"run": {"name": "../x"}}, r"^configuration: run\.name: [^;]* pattern [^;]*$"),
         ({"data__source__validation_seed": 1}, "must differ from seed"),
         ({"data__source__kind": "internet"}, r"data\.source: .* expected tags"),
         ({"predictor__phases": []}, r"predictor\.phases: .* at least 1 item"),
@@ -102,13 +108,56 @@ def test_one_fault_in_a_list_or_a_path_is_said_once():
         assert str(caught.value) == f"configuration: {expected}"
 
 
+@pytest.mark.parametrize("moment", [2024, 20240701, "1719792000.5"])
+def test_a_number_is_no_moment(moment):
+    """As seconds since 1970 it would be a moment long before all bars."""
+    source = {"kind": "file", "path": "x.csv", "validation_from": moment}
+    with pytest.raises(InputError, match=r"data\.source\.validation_from: must be a date or time such as 2024-07-01"):
+        parse_config(raw_config(data__source=source))
+
+
 def test_a_predictor_needs_a_tokenizer():
     config = raw_config()
     config["predictor"] = config.pop("tokenizer")
     with pytest.raises(InputError, match=r"predictor\.tokenizer must name a folder"):
         parse_config(config)
+    with pytest.raises(
+        InputError, match=r"predictor\.tokenizer must .*: init_from=me/model brings none, .* kronos-small"
+    ):
+        parse_config(config | {"predictor": config["predictor"] | {"init_from": "me/model"}})
     del config["predictor"]
     with pytest.raises(InputError, match="a tokenizer stage, a predictor stage or both"):
+        parse_config(config)
+
+
+@pytest.mark.parametrize("name", ["kronos-small", "NeoQuasar/Kronos-small", "bundled", "bundle"])
+def test_a_name_brings_its_tokenizer(name, tmp_path, monkeypatch):
+    """A predictor of one pair with the tokenizer of another trains without an error, and on the wrong codes."""
+    monkeypatch.chdir(tmp_path)
+    for part in ("model", "tokenizer"):
+        (tmp_path / "bundle" / part).mkdir(parents=True)
+    config = raw_config()
+    config["predictor"] = config.pop("tokenizer") | {"init_from": name}
+    parsed = parse_config(config)
+    assert str(parsed.predictor.tokenizer) == name
+    assert parse_config(parsed.model_dump(mode="json")) == parsed, "as the workers read it"
+    config["predictor"]["tokenizer"] = "me/other"
+    assert str(parse_config(config).predictor.tokenizer) == "me/other"
+    both = raw_config(predictor=config["predictor"] | {"tokenizer": None}, tokenizer__init_from=name)
+    assert parse_config(both).predictor.tokenizer is None, "the run's own"
+
+
+def test_runs_of_two_names_do_not_overwrite_each_other():
+    assert parse_config(raw_config(run={"name": "a"})).run.output == Path("runs/a/output")
+    assert parse_config(raw_config(run={"name": "a", "storage": "s"})).run.output == Path("s/a/output")
+    assert parse_config(raw_config()).run.output == Path("out")
+
+
+def test_a_bundle_that_the_output_would_overwrite_is_no_parent(tmp_path):
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    config = raw_config(run__output=str(tmp_path / "out"))
+    config["predictor"] = config.pop("tokenizer") | {"init_from": str(tmp_path / "out"), "tokenizer": "bundled"}
+    with pytest.raises(InputError, match=r"predictor\.init_from lies in run\.output"):
         parse_config(config)
 
 
@@ -124,6 +173,7 @@ def test_file_and_overrides(tmp_path):
         ("run.speed=1", "nearest known one is 'seed'"),
         ("tokenizer.phases.7.steps=1", r"no item '7'"),
         ("run.seed=[1", "not YAML"),
+        ("data.source.validation_from=2024-13-01", r"data\.source\.validation_from=2024-13-01.*month must be in 1"),
     ]:
         with pytest.raises(InputError, match=message):
             load_config(path, [override])
@@ -230,9 +280,14 @@ def test_an_elastic_run_needs_room_for_its_least_number_of_workers():
 
 def test_a_run_with_another_configuration_or_other_inputs_is_not_resumed(tmp_path):
     def remember(inputs=None, **changes):
-        run_folder.remember(parse_config(raw_config(**changes)), "tokenizer", inputs or {"data": "a"}, tmp_path)
+        checkpoints = Checkpoints(tmp_path, "")
+        run_folder.remember(parse_config(raw_config(**changes)), "tokenizer", inputs or {"data": "a"}, checkpoints)
 
-    remember()
+    remember(run__seed=7)
+    (tmp_path / "batch_sizes.json").write_text("{}")
+    remember()  # there is no checkpoint: nothing is lost, and nothing that was found for the other is used
+    assert not (tmp_path / "batch_sizes.json").exists()
+    (tmp_path / "step_0000001").mkdir()
     remember(training__threads=2, tokenizer__keep=5)  # these decide no number
     with pytest.raises(InputError, match=r"another run\.seed: choose another"):
         remember(run__seed=5)
