@@ -59,6 +59,8 @@ class Context:
 def result(case: str, run: Run | None, checks: dict[str, bool], **facts: Any) -> dict[str, Any]:
     missed = [text for text, holds in checks.items() if not holds]
     counts = {} if run is None else {"requests": len(run.shots), "failed": len(run.failed)}
+    if run is not None and run.failed:
+        facts["got"] = " ".join(f"{status}:{count}" for status, count in run.statuses().items())
     said = ", ".join(f"{name} {value}" for name, value in facts.items())
     return {"case": case, **counts, "measured": said, "shown": "yes" if not missed else "NO: " + ", ".join(missed)}
 

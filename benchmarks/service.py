@@ -120,7 +120,8 @@ class Service:
 
     def _expected(self) -> int:
         cpu = self.config["applications"][0]["args"].get("groups", {}).get("cpu", {})
-        return int(cpu.get("replicas") or 1)
+        scaling = cpu.get("autoscaling")
+        return int(scaling["min_replicas"] if scaling else cpu.get("replicas") or 1)
 
     def dashboard(self) -> str:
         """Address of the cluster's dashboard: `serve deploy` speaks to it."""

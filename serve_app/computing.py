@@ -106,9 +106,9 @@ class Progress:
         return (min(self.starts) - self.arrived) * 1000
 
 
-YIELDING_NICE = 4
-"""Less than half of the processor time of those beside it that want it too, and all that they leave. Ray's own workers
-are at 15 of at most 19."""
+YIELDING_NICE = 2
+"""Two thirds of the processor time of those beside it that want it too, and all that they leave. Less would starve the
+forecasts while replicas start. Ray's own workers are at 15 of at most 19."""
 
 
 class Workers:

@@ -140,7 +140,7 @@ def test_a_few_jobs_after_a_start_refuse_nobody(clock):
     """The first ones pay for the warming up: at their rate, the next would seem to wait for ever."""
     admission = admission_of(clock, bound=10**6, max_wait_s=5.0)
     for _ in range(ENOUGH_JOBS - 1):
-        compute(admission, clock, 1, 1.0)
+        compute(admission, clock, 1, 0.1)
     for _ in range(3):
         admission.start("cpu", 1000, 1)
     assert admission.has_room("cpu", 10, 1, 0)
