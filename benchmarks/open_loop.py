@@ -126,7 +126,11 @@ async def fire(
     go_first()
     count = max(1, round(rate * seconds))
     timeout = aiohttp.ClientTimeout(total=timeout_s)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+    # The second try gets a new connection: those in the first session's pool may end at the process that has just died.
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True), timeout=timeout) as fresh,
+    ):
         run = Run(rate, seconds, time.monotonic())
         beside = asyncio.ensure_future(during(run)) if during is not None else None
         tasks = []
@@ -136,7 +140,7 @@ async def fire(
             await asyncio.sleep(max(0.0, run.started + shot.intended - time.monotonic()))
             shot.late = time.monotonic() - run.started - shot.intended
             body = bodies[index % len(bodies)]
-            tasks.append(asyncio.ensure_future(_shoot(session, url + path, body, shot, run.started, retry)))
+            tasks.append(asyncio.ensure_future(_shoot((session, fresh), url + path, body, shot, run.started, retry)))
         await asyncio.gather(*tasks)
         if beside is not None:
             await beside
@@ -144,12 +148,19 @@ async def fire(
 
 
 async def _shoot(
-    session: aiohttp.ClientSession, url: str, body: bytes, shot: Shot, started: float, retry: bool
+    sessions: tuple[aiohttp.ClientSession, aiohttp.ClientSession],
+    url: str,
+    body: bytes,
+    shot: Shot,
+    started: float,
+    retry: bool,
 ) -> None:
+    """sessions: for the first try and for the second."""
     patience = time.monotonic() + CONNECT_PATIENCE_S
     while True:
         shot.tries += 1
         try:
+            session = sessions[shot.tries - 1]
             async with session.post(url, data=body, headers={"content-type": "application/json"}) as response:
                 answer = await response.read()
                 shot.status, shot.retry_after = response.status, response.headers.get("retry-after")
