@@ -22,7 +22,7 @@ others do not have to wait for all of it."""
 SHORTEST_BUSY_S = 0.05
 ENOUGH_JOBS, ENOUGH_BUSY_S = 32, 10.0
 """Either makes a rate that work is refused by: the first jobs after a start pay for the warming up, and where replicas
-are exchanged for all the others that start. With 8 jobs an update refused a hundredth of the requests meanwhile."""
+are exchanged for all the others that start. With 8 jobs an update refused more of the requests meanwhile."""
 
 
 @dataclass(eq=False)
