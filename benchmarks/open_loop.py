@@ -178,4 +178,6 @@ async def _shoot(
             shot.error = type(error).__name__
             if not retry or shot.tries == 2:
                 break
+            # A process that is being killed takes connections a few milliseconds more, only to reset them.
+            await asyncio.sleep(CONNECT_RETRY_S)
     shot.ended = time.monotonic() - started
