@@ -341,7 +341,7 @@ def main() -> int:
     if capacity is None or set(chosen) - set(OWN_SERVICE):
         with Service(config, options=["--fast"] if options.fast else []) as service:
             if capacity is None:
-                capacity, _ = calibrate(service.url, 4 if options.quick else 40, halvings=1 if options.quick else 3)
+                capacity, _ = calibrate(service.url, quick=options.quick)
             context = Context(service, SHARE_OF_C * capacity, options.quick)
             for name in CASES:
                 if name in chosen:

@@ -37,7 +37,7 @@ REFUSAL_LIMIT_MS = 50.0
 ADMITTED_LIMIT_MS = 5000.0
 OVERLOAD = 3.0
 GOODPUT_SHARE = 0.9
-STEP = 1.4
+FIRST_RATE, STEP = 16.0, 1.4
 
 
 def forecast_body(index: int, history: int = HISTORY, horizon: int = HORIZON, **settings: Any) -> dict[str, Any]:
@@ -71,15 +71,14 @@ def within_limits(run: Run) -> bool:
     return not run.failed and run.percentiles()["p99"] < P99_LIMIT_MS
 
 
-def calibrate(url: str, seconds: float, *, halvings: int = 4, start: float = 16.0) -> tuple[float, Run]:
-    """C and the run that showed it: up by STEP until it is too much, then halving the interval.
-
-    seconds: of each run. A short one lets too much pass: in 20 s a queue may grow by 5 % before a second is waited.
-    """
+def calibrate(url: str, *, quick: bool) -> tuple[float, Run]:
+    """C and the run that showed it: up by STEP until it is too much, then halving the interval."""
+    # A short run lets too much pass: in 20 s a queue may grow by 5 % before a second is waited.
+    seconds, halvings = (4, 1) if quick else (40, 3)
     load = bodies()
-    asyncio.run(fire(url, load, start, 2))
+    asyncio.run(fire(url, load, FIRST_RATE, 2))
     good: tuple[float, Run] | None = None
-    rate, low, high = start, 0.0, 0.0
+    rate, low, high = FIRST_RATE, 0.0, 0.0
     for _ in range(20):
         idle(url)
         run = asyncio.run(fire(url, load, rate, seconds))
@@ -174,7 +173,7 @@ def main() -> int:
         if options.rate:
             capacity, rows = options.rate, []
         else:
-            capacity, run = calibrate(url, 4 if options.quick else 40, halvings=1 if options.quick else 3)
+            capacity, run = calibrate(url, quick=options.quick)
             rows = [row("C: all 200, p99 < 1 s", run)]
         rows += overload(url, capacity, 10 if options.quick else 60)
     print(records.table(rows))

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,15 +95,23 @@ def digest(answer: bytes) -> str:
     return hashlib.sha256(answer.partition(b'"series":')[2] or answer).hexdigest()[:16]
 
 
-def go_first() -> None:
-    """Gives this process the processor whenever it asks for it, where the system lets it; what it starts, as usual.
+@contextlib.contextmanager
+def going_first() -> Iterator[None]:
+    """Gives this thread the processor whenever it asks for it, where the system lets it; what it starts, as usual.
 
     The clients that it stands for are on other machines. On one machine the kernel shares processors out between
     sessions first, and let a generator wait for up to a second while a loaded service computed in its own.
     """
-    if sys.platform == "linux":
-        with contextlib.suppress(PermissionError):
-            os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+    if sys.platform != "linux":
+        yield
+        return
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    with contextlib.suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
 
 
 async def fire(
@@ -123,44 +131,34 @@ async def fire(
     Ray's proxy, which lost its ingress; and knock for up to CONNECT_PATIENCE_S if the connection is refused. during: a
     coroutine function that runs beside the load.
     """
-    go_first()
     count = max(1, round(rate * seconds))
     timeout = aiohttp.ClientTimeout(total=timeout_s)
-    # The second try gets a new connection: those in the first session's pool may end at the process that has just died.
-    async with (
-        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session,
-        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True), timeout=timeout) as fresh,
-    ):
-        run = Run(rate, seconds, time.monotonic())
-        beside = asyncio.ensure_future(during(run)) if during is not None else None
-        tasks = []
-        for index in range(count):
-            shot = Shot(index, index / rate)
-            run.shots.append(shot)
-            await asyncio.sleep(max(0.0, run.started + shot.intended - time.monotonic()))
-            shot.late = time.monotonic() - run.started - shot.intended
-            body = bodies[index % len(bodies)]
-            tasks.append(asyncio.ensure_future(_shoot((session, fresh), url + path, body, shot, run.started, retry)))
-        await asyncio.gather(*tasks)
-        if beside is not None:
-            await beside
+    connector = aiohttp.TCPConnector(limit=0)
+    with going_first():
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            run = Run(rate, seconds, time.monotonic())
+            beside = asyncio.ensure_future(during(run)) if during is not None else None
+            tasks = []
+            for index in range(count):
+                shot = Shot(index, index / rate)
+                run.shots.append(shot)
+                await asyncio.sleep(max(0.0, run.started + shot.intended - time.monotonic()))
+                shot.late = time.monotonic() - run.started - shot.intended
+                body = bodies[index % len(bodies)]
+                tasks.append(asyncio.ensure_future(_shoot(session, url + path, body, shot, run.started, retry)))
+            await asyncio.gather(*tasks)
+            if beside is not None:
+                await beside
     return run
 
 
 async def _shoot(
-    sessions: tuple[aiohttp.ClientSession, aiohttp.ClientSession],
-    url: str,
-    body: bytes,
-    shot: Shot,
-    started: float,
-    retry: bool,
+    session: aiohttp.ClientSession, url: str, body: bytes, shot: Shot, started: float, retry: bool
 ) -> None:
-    """sessions: for the first try and for the second."""
     patience = time.monotonic() + CONNECT_PATIENCE_S
     while True:
         shot.tries += 1
         try:
-            session = sessions[shot.tries - 1]
             async with session.post(url, data=body, headers={"content-type": "application/json"}) as response:
                 answer = await response.read()
                 shot.status, shot.retry_after = response.status, response.headers.get("retry-after")
