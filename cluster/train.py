@@ -24,7 +24,8 @@ from typing import Any, cast
 from cluster.placement import WorkerPlacement, place_here, place_workers
 from cluster.ray_session import node_resources, ray_session
 from cluster.training.checkpoints import Checkpoints
-from cluster.training.config import STAGES, TokenizerStage, TrainConfig, load_config
+from cluster.training.config import STAGES, TokenizerStage, TrainConfig
+from cluster.training.config_file import load_config
 from cluster.training.group import Group
 from cluster.training.lineage import code_drift, inputs_of
 from cluster.training.loop import STOP_FILE, ray_train_loop, run_stage

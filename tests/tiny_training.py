@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from cluster.training.config import parse_config
+from cluster.training.config_file import parse_config
 from cluster.training.group import Group
 from cluster.training.worker import Worker
 from model.kronos import Kronos

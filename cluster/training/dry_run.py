@@ -12,7 +12,8 @@ import numpy as np
 from cluster.candles.bars import SymbolBars
 from cluster.data import SplitBars, load_splits
 from cluster.train import train
-from cluster.training.config import RAY_ONLY, STAGES, TrainConfig, parse_config
+from cluster.training.config import RAY_ONLY, STAGES, TrainConfig
+from cluster.training.config_file import parse_config
 from cluster.training.loggers import logger_packages
 from model.checkpoint import WEIGHTS_FILE
 from model.errors import KronosError

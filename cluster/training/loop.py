@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cluster.training.checkpoints import Checkpoints
-from cluster.training.config import parse_config
+from cluster.training.config_file import parse_config
 from cluster.training.group import Group
 from cluster.training.memory import is_out_of_memory, settle_batch_sizes, too_large
 from cluster.training.progress import Progress

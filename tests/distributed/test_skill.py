@@ -12,7 +12,7 @@ from cluster.evaluation.card_scores import round_trip
 from cluster.evaluation.forecasting import ModelChoice, make_predictor
 from cluster.evaluation.walk_forward import WalkForward
 from cluster.train import train
-from cluster.training.config import parse_config
+from cluster.training.config_file import parse_config
 
 HISTORY, HORIZON, SYMBOLS, BARS = 64, 8, 8, 3000
 TIMES = pd.date_range("2024-07-01", periods=BARS, freq="h")

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from cluster.train import train
-from cluster.training.config import load_config
+from cluster.training.config_file import load_config
 from model.errors import InputError
 from model.kronos import Kronos
 from model.tokenizer import KronosTokenizer

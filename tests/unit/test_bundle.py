@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cluster.evaluation.baselines import random_walk
-from cluster.training.config import load_config, parse_config
+from cluster.training.config_file import load_config, parse_config
 from model import Kronos, KronosPredictor, KronosTokenizer
 from model.frames import candle_array, time_marks
 from model.types import Sampling, Series

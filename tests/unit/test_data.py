@@ -17,7 +17,7 @@ from cluster.data import (
     load_splits,
     split_by_time,
 )
-from cluster.training.config import parse_config
+from cluster.training.config_file import parse_config
 from model.errors import InputError
 from model.frames import normalise, time_marks
 

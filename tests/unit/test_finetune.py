@@ -21,7 +21,7 @@ from cluster.candles.simulate import simulate
 from cluster.export import export
 from cluster.train import main, train
 from cluster.training.checkpoints import MANIFEST_FILE
-from cluster.training.config import parse_config
+from cluster.training.config_file import parse_config
 from cluster.training.worker import Worker
 from model.kronos import Kronos
 from model.registry import CheckpointSource, load_checkpoint, network_source, sha256_of

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cluster.train import main
-from cluster.training.config import parse_config
+from cluster.training.config_file import parse_config
 from model.errors import InputError
 
 ROOT = Path(__file__).parents[2]

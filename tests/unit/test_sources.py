@@ -9,7 +9,7 @@ from cluster.candles.data_config import FileSource, QlibSource, SimulatedSource
 from cluster.candles.qlib import read_qlib
 from cluster.candles.sources import describe_source, read_source
 from cluster.data import load_splits
-from cluster.training.config import parse_config
+from cluster.training.config_file import parse_config
 from model.errors import InputError
 from model.types import COLUMNS
 

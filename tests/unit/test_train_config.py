@@ -12,7 +12,8 @@ from torch import nn
 from cluster import placement, train
 from cluster.training import run_folder
 from cluster.training.checkpoints import Checkpoints
-from cluster.training.config import Optimisation, TrainingConfig, load_config, parse_config
+from cluster.training.config import Optimisation, TrainingConfig
+from cluster.training.config_file import load_config, parse_config
 from cluster.training.stages import learning_rate, make_optimizer, weighted_tokenizer_loss
 from model.errors import InputError
 from model.kronos import Kronos

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cluster.train import train
-from cluster.training.config import parse_config
+from cluster.training.config_file import parse_config
 from cluster.training.worker import Worker
 from model.errors import InputError
 from model.kronos import Kronos
