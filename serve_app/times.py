@@ -81,12 +81,21 @@ def parse_times(raw: Any) -> Times:
     offsets = [moment.utcoffset() for moment in moments]
     if len(set(offsets)) > 1:
         raise _mixed_zones(next(i for i, offset in enumerate(offsets) if offset != offsets[0]))
-    local = np.array([moment.replace(tzinfo=None) for moment in moments], dtype="datetime64[us]")
+    local = _wall_clock(moments)
     if faults := _order_faults(local):
         raise value_errors(faults)
     return Times(local, offsets[0] if offsets else None, tuple(raw))
 
 
+def _wall_clock(moments: list[datetime]) -> np.ndarray:
+    """datetime64[us] [T] of moments with one UTC offset; several times as fast as numpy reads datetime objects."""
+    if not moments:
+        return np.empty(0, "datetime64[us]")
+    epoch = datetime(1970, 1, 1, tzinfo=moments[0].tzinfo)
+    return np.array([(moment - epoch) // _MICROSECOND for moment in moments], dtype=np.int64).view("datetime64[us]")
+
+
+_MICROSECOND = timedelta(microseconds=1)
 _FIRST, _LAST = np.datetime64("0001-01-01", "us"), np.datetime64("9999-12-31T23:59:59.999999", "us")
 
 

@@ -1,5 +1,6 @@
 """The numbers that an answer states, against their definitions."""
 
+import json
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from serve_app.answers import repair_candles, summary
+from serve_app.forecasting import encode
 
 
 def test_summary_by_hand():
@@ -69,3 +71,20 @@ def test_repaired_candles_are_valid(values):
     assert (fixed[:, :, [0, 3]] == values[:, :, [0, 3]]).all()
     assert touched == np.any(fixed != values, axis=2).sum()
     assert repair_candles(fixed)[1] == 0
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.just("NaN"), inner),
+        max_leaves=20,
+    )
+)
+def test_what_is_written_reads_back_to_the_last_bit(answer):
+    assert json.loads(encode(answer)) == answer
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_json_cannot_say_is_never_sent(bad):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        encode({"NaN": [1.0, bad]})
