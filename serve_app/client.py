@@ -249,8 +249,9 @@ class _Response:
             except KronosResponseError as refusal:
                 error: KronosError = refusal
                 pause = refusal.retry_after_s or pause
-                # A 5xx in other words than the service's own is of a proxy that lost it.
-                final = refusal.status not in _AGAIN and not (refusal.status >= 500 and refusal.foreign)
+                # In other words than the service's own: a proxy lost it (5xx), or has only just started (404).
+                lost = refusal.foreign and (refusal.status >= 500 or refusal.status == 404)
+                final = refusal.status not in _AGAIN and not lost
             except httpx.TransportError as broken:
                 error = KronosConnectionError(f"{self._what}: {type(broken).__name__}: {broken}")
                 # Out of time: another try would be, too.

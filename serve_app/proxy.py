@@ -3,17 +3,22 @@
 Any client may send headers that Ray reads as orders: to drop its time limit, to go on computing for one that has left,
 to prefer a replica. The ingress keeps its own deadlines and watches the connection itself, so none does harm; here they
 end at the door. An X-Request-ID that we would not take goes too, because Ray sends back whatever it was given, and so
-does a trace context that is not ASCII, because Ray would answer 500 to what it cannot decode. And where the service is
-full, serve_app.door refuses here.
+does a trace context that is not ASCII, because Ray would answer 500 to what it cannot decode. A request that comes
+before a new proxy has heard of any application waits for that here. And where the service is full, serve_app.door
+refuses.
 
 Ray loads this where CALLBACK stands in the environment variable CALLBACK_VARIABLE when it starts.
 """
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import Callable
+
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.door import LoadShedding
 from serve_app.middleware import REFUSED_AT_DOOR, usable_request_id
@@ -30,6 +35,11 @@ DROPPED = frozenset(
 )
 """In Ray's eyes "_" is the same as "-" in some of them."""
 TRACE_CONTEXT = frozenset({b"traceparent", b"tracestate"})
+STARTING_S = 10.0
+"""So long after its start a proxy's 404 may mean that it does not know its routes yet."""
+POLL_S = 0.05
+RAYS_404 = b"/-/routes for available routes"
+"""Of the text with which Ray says that no application is at a path."""
 
 
 class ClientHeaders:
@@ -55,7 +65,51 @@ def _passes(name: bytes, value: bytes, keep_id: bool) -> bool:
     return name.replace(b"_", b"-") not in DROPPED
 
 
+class RoutesAwaited:
+    """Holds requests until a proxy that has just started knows an application.
+
+    Ray's proxy listens before it is told of any, and says 404 to everything meanwhile: after a proxy is lost, for a
+    moment, to clients whose path is right.
+    """
+
+    def __init__(self, app: ASGIApp, clock: Callable[[], float] = time.monotonic) -> None:
+        self.app = app
+        self._clock = clock
+        self._ends = clock() + STARTING_S
+        self._known = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Ray answers what is below /-/ itself, with or without applications.
+        if self._known or scope["type"] != "http" or scope["path"].startswith("/-/"):
+            await self.app(scope, receive, send)
+            return
+        while not await self._answered(scope, receive, send):
+            await asyncio.sleep(POLL_S)
+
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> bool:
+        """One try. False if it came too early: nothing was read of the request then, and nothing is sent."""
+        held: list[Message] = []
+        early = False
+
+        async def judging(message: Message) -> None:
+            nonlocal early
+            if message["type"] == "http.response.start" and message["status"] == 404 and self._clock() < self._ends:
+                held.append(message)
+                return
+            early = early or (bool(held) and RAYS_404 in message.get("body", b""))
+            if early:
+                return
+            self._known = True
+            for start in held:
+                await send(start)
+            held.clear()
+            await send(message)
+
+        await self.app(dict(scope), receive, judging)
+        return not early
+
+
 def middlewares() -> list[Middleware]:
     """Called by Ray in every process that listens for HTTP."""
     # Ray puts the last one around the others.
-    return [Middleware(LoadShedding), Middleware(ClientHeaders)]
+    return [Middleware(LoadShedding), Middleware(RoutesAwaited), Middleware(ClientHeaders)]

@@ -196,10 +196,11 @@ def test_when_there_is_no_other_try(waits, answers, options, columns):
     assert len(bodies) == len(answers)
 
 
-def test_what_a_lost_proxy_answers_is_asked_again(waits, columns):
-    """A 5xx in the words of a proxy, an answer that breaks off, and a connection that is refused for some seconds."""
+@pytest.mark.parametrize("words", [(500, "Internal Server Error"), (404, "Path '/v1/forecast' not found.")])
+def test_what_a_lost_proxy_answers_is_asked_again(waits, columns, words):
+    """Its words, an answer that breaks off, and a connection that is refused for some seconds."""
     answers = [httpx.ConnectError("refused")] * 4 + [
-        httpx.Response(500, text="Internal Server Error"),
+        httpx.Response(words[0], text=words[1]),
         httpx.Response(200, content=broken_off()),
         httpx.Response(200, json={"series": []}),
     ]

@@ -11,7 +11,7 @@ from serve_app.config import AppConfig
 from serve_app.door import BODY_PATIENCE_S, STALE_S, LoadShedding
 from serve_app.ingress import create_app
 from serve_app.jobs import Places
-from serve_app.proxy import ClientHeaders, middlewares
+from serve_app.proxy import ClientHeaders, RoutesAwaited, middlewares
 
 
 class Door:
@@ -21,8 +21,8 @@ class Door:
         self.backend, self.now = backend, 0.0
         self.app = create_app(backend, AppConfig(), behind_serve=True, behind_door=True)
         around = [middleware.cls for middleware in middlewares()]
-        assert around == [LoadShedding, ClientHeaders]
-        self.app = ClientHeaders(LoadShedding(self.app, clock=lambda: self.now))
+        assert around == [LoadShedding, RoutesAwaited, ClientHeaders]
+        self.app = ClientHeaders(RoutesAwaited(LoadShedding(self.app, clock=lambda: self.now)))
 
     def ask(self, body, path="/v1/forecast", **headers):
         return asyncio.run(self.post(body, path, **headers))
