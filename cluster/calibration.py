@@ -216,6 +216,7 @@ def validation_setting(folder: Path, setting: WalkForward) -> WalkForward:
             "%s does not say which bars it was trained on: make sure that the period holds none", folder.name
         )
         return setting
+    _refuse_the_other_periods(setting, period.train_ends, period.test_from)
     setting = replace(
         setting,
         begins=period.train_ends if setting.begins is None else setting.begins,
@@ -234,6 +235,25 @@ def validation_setting(folder: Path, setting: WalkForward) -> WalkForward:
             code="test_period",
         )
     return setting
+
+
+def _refuse_the_other_periods(setting: WalkForward, train_ends: np.datetime64, test_from: np.datetime64 | None) -> None:
+    """For a --from or --to that leaves nothing of the validation period [train_ends, test_from).
+
+    Without this the other end, which the user may not have given, would be blamed for an empty period.
+    Raises InputError.
+    """
+    if test_from is not None and setting.begins is not None and setting.begins >= test_from:
+        raise InputError(
+            f"--from {setting.begins} lies in or after the test period, which begins at {test_from}: give an earlier "
+            f"--from, from {train_ends} on and before {test_from}, so that the test stays untouched",
+            code="test_period",
+        )
+    if setting.ends is not None and setting.ends <= train_ends:
+        raise InputError(
+            f"--to {setting.ends} lies in the training period, which ends at {train_ends}: give a later --to",
+            code="trained_on",
+        )
 
 
 def _file_in_bundle(choice: ModelChoice) -> Path:

@@ -204,6 +204,23 @@ def test_training_and_test_bars_are_refused(trained, begins, ends, match):
         fitting.validation_setting(trained, WalkForward(begins=day(begins), ends=day(ends)))
 
 
+@pytest.mark.parametrize(
+    ("given", "match", "code"),
+    [
+        ({"begins": "2024-08-01"}, "--from 2024-08-01.* in or after the test period.* give an earlier --from", "test"),
+        ({"begins": "2024-08-10"}, "give an earlier --from, from 2024-07-01.* on and before 2024-08-01", "test"),
+        ({"begins": "2024-08-10", "ends": "2024-08-20"}, "give an earlier --from", "test"),
+        ({"ends": "2024-07-01"}, "--to 2024-07-01.* lies in the training period.* give a later --to", "trained"),
+        ({"begins": "2024-06-01", "ends": "2024-06-20"}, "give a later --to", "trained"),
+    ],
+)
+def test_the_end_that_was_given_is_blamed_for_an_empty_period(trained, given, match, code):
+    """Not the other one, which comes from training.json."""
+    with pytest.raises(InputError, match=match) as caught:
+        fitting.validation_setting(trained, WalkForward(**{name: day(text) for name, text in given.items()}))
+    assert caught.value.code.startswith(code)
+
+
 def test_too_few_forecasts_are_refused():
     bars = SymbolBars(
         "A", np.arange(3).astype("datetime64[ns]"), np.ones((3, 6), np.float32), np.zeros((3, 5), np.int64)
