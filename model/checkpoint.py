@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,6 +40,15 @@ logger = logging.getLogger(__name__)
 def is_pickle_name(name: str) -> bool:
     """True for names that pickled weights go by."""
     return Path(name).suffix.lower() in PICKLE_SUFFIXES
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a Hub repository could have this name; a path such as ./mine, /mine or a/b/c could be none."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def resolve_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -225,6 +235,7 @@ __all__ = [
     "CONFIG_FILE",
     "WEIGHTS_FILE",
     "PretrainedMixin",
+    "is_hub_name",
     "is_pickle_name",
     "parameter_count",
     "resolve_folder",

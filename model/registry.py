@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from model.checkpoint import WEIGHTS_FILE, parameter_count, resolve_folder
+from model.checkpoint import WEIGHTS_FILE, is_hub_name, parameter_count, resolve_folder
 from model.errors import CheckpointMismatchError, CheckpointNotFoundError
 from model.kronos import Kronos
 from model.tokenizer import KronosTokenizer
@@ -73,6 +73,11 @@ PUBLISHED = {
 }
 """The public checkpoints by alias. Those without a known good revision follow the repository's main branch."""
 
+KNOWN_NAMES = ", ".join(["bundled", *PUBLISHED])
+"""For errors."""
+
+_REPOSITORIES = {repository for source in PUBLISHED.values() for repository in (source.model, source.tokenizer)}
+
 
 def named_source(
     name: str,
@@ -124,8 +129,11 @@ def network_source(name: str | os.PathLike[str], part: Part) -> tuple[str, str |
 
 
 def network_folder(name: str | os.PathLike[str], part: Part) -> Path:
-    """The local folder of network_source, fetched if it is not there. Raises as model.checkpoint.resolve_folder."""
-    return resolve_folder(*network_source(name, part))
+    """The local folder of network_source, fetched if it is not there.
+
+    Raises CheckpointNotFoundError or UnsafeCheckpointError.
+    """
+    return _find(*network_source(name, part))
 
 
 def brings_tokenizer(name: str | os.PathLike[str]) -> bool:
@@ -160,8 +168,8 @@ def load_checkpoint(source: CheckpointSource) -> Checkpoint:
     """
     _check_manifest(BUNDLED_FOLDER if source.model == "bundled" else Path(source.model))
     model_source, tokenizer_source = _pair(source)
-    model_folder = resolve_folder(model_source, source.revision)
-    tokenizer_folder = resolve_folder(tokenizer_source, source.tokenizer_revision)
+    model_folder = _find(model_source, source.revision)
+    tokenizer_folder = _find(tokenizer_source, source.tokenizer_revision)
     model = Kronos.from_pretrained(model_folder)
     tokenizer = KronosTokenizer.from_pretrained(tokenizer_folder)
     if (model.s1_bits, model.s2_bits) != (tokenizer.s1_bits, tokenizer.s2_bits):
@@ -187,11 +195,44 @@ def load_checkpoint(source: CheckpointSource) -> Checkpoint:
 def _pair(source: CheckpointSource) -> tuple[str, str]:
     """The model's and the tokenizer's folder or repository."""
     model, tokenizer = _model_of(source), _tokenizer_of(source)
-    if tokenizer is None:
+    if tokenizer is not None:
+        return model, tokenizer
+    if not _is_certain(model, source.revision):
+        remedy = ", or name its tokenizer too if it is a Hub repository" if is_hub_name(model) else ""
+        raise CheckpointNotFoundError(_no_folder(model) + remedy)
+    raise CheckpointNotFoundError(
+        f"{source.id}: no tokenizer is named, and {source.model} holds no folders model/ and tokenizer/"
+    )
+
+
+def _find(name: str, revision: str | None) -> Path:
+    """The local folder of one network, fetched if the name is a Hub repository's.
+
+    A mistyped folder must not become the weights of a stranger: a name in a folder that is here is not looked up.
+    Raises as model.checkpoint.resolve_folder does.
+    """
+    if _is_certain(name, revision):
+        return resolve_folder(name, revision)
+    if not is_hub_name(name):
+        raise CheckpointNotFoundError(_no_folder(name))
+    if "/" in name and Path(name).parent.is_dir():
         raise CheckpointNotFoundError(
-            f"{source.id}: no tokenizer is named, and {source.model} holds no folders model/ and tokenizer/"
+            f"{_no_folder(name)}; a Hub repository of that name is looked up only with a revision, or where there is "
+            f"no folder {Path(name).parent}"
         )
-    return model, tokenizer
+    try:
+        return resolve_folder(name)
+    except CheckpointNotFoundError as error:
+        raise CheckpointNotFoundError(f"{_no_folder(name)}; as a Hub repository: {error}") from error
+
+
+def _is_certain(name: str, revision: str | None) -> bool:
+    """Whether a name can mean one thing only: a folder that is here, or a repository; no folder has a revision."""
+    return Path(name).is_dir() or name in _REPOSITORIES or revision is not None
+
+
+def _no_folder(name: str) -> str:
+    return f"there is no folder {name}, and it is none of the known names ({KNOWN_NAMES}): correct it"
 
 
 def _model_of(source: CheckpointSource) -> str:

@@ -19,7 +19,7 @@ from pydantic import (
 
 from cluster.candles.data_config import DataConfig, Strict
 from cluster.redact import redact
-from model.registry import PUBLISHED, Part, brings_tokenizer, network_source
+from model.registry import KNOWN_NAMES, Part, brings_tokenizer, network_source
 
 STAGES: dict[str, Part] = {"tokenizer": "tokenizer", "predictor": "model"}
 """Stage → folder of its network below run.output, in the order they run."""
@@ -50,10 +50,6 @@ def _workers(value: Any) -> int | tuple[int, int]:
 _AsItIs = PlainSerializer(lambda value: value)
 CountOrAuto = Annotated[int | Literal["auto"], PlainValidator(_count_or_auto), _AsItIs]
 Workers = Annotated[int | tuple[int, int], PlainValidator(_workers), _AsItIs]
-
-
-_NAMES = ", ".join(["bundled", *PUBLISHED])
-"""pydantic's kind of fault → what to say instead: who writes YAML knows no tuples and no classes."""
 
 
 class TokenizerShape(Strict):
@@ -302,11 +298,7 @@ class TrainConfig(Strict):
         if self.tokenizer is None and named is None and (parent is None or not brings_tokenizer(parent)):
             raise ValueError(
                 "predictor.tokenizer must name a folder, a model or a Hub repository when no tokenizer is trained"
-                + (
-                    f": init_from={parent} brings none, as a bundle's folder and {_NAMES} do"
-                    if parent is not None
-                    else ""
-                )
+                + (f": {_without_tokenizer(parent)}" if parent is not None else "")
             )
         return self
 
@@ -333,3 +325,9 @@ class TrainConfig(Strict):
                         "workers: raise it to their number"
                     )
         return self
+
+
+def _without_tokenizer(parent: Path) -> str:
+    """Why a parent brings no tokenizer, and what does. Most names that bring none are mistyped."""
+    missing = "" if parent.is_dir() else "; there is no folder of that name"
+    return f"init_from={parent} brings none, as a bundle's folder and {KNOWN_NAMES} do{missing}"

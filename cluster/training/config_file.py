@@ -22,6 +22,7 @@ _NOT_OF_THIS_KIND = {
     "model_type": "must be a section of keys and values",
     "model_attributes_type": "must be a section of keys and values",
 }
+"""pydantic's kind of fault → what to say instead: who writes YAML knows no tuples and no classes."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

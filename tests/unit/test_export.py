@@ -149,6 +149,29 @@ def test_a_bundle_is_complete_and_the_server_finds_it(run_output, parent, tmp_pa
     assert "Not evaluated" in card
 
 
+def test_a_relative_parent_that_is_gone_is_a_missing_folder_and_not_looked_up_at_the_hub(
+    run_output, tmp_path, monkeypatch, caplog
+):
+    """Who owns a repository of that name is a stranger."""
+
+    def download(*arguments, **options):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr("model.checkpoint.hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    record = json.loads((run_output / "training.json").read_text())
+    record["config"]["predictor"] = {"init_from": "models/gone", "tokenizer": "models/gone"}
+    save(record, run_output / "training.json")
+    export(run_output, tmp_path / "models" / "mine")
+    assert "there is no folder models/gone, and it is none of the known names" in caplog.text
+    shutil.rmtree(run_output / "tokenizer")
+    with pytest.raises(
+        InputError, match=r"has no tokenizer/, and models/gone is not there \(there is no folder models/"
+    ):
+        export(run_output, tmp_path / "models" / "again")
+
+
 def calibration_of(sha256):
     entry = {"symbol": None, "bar_seconds": None, "n": 50, "first_bars": [1], "factors": [1.25]}
     fitted = {"from": "2024-01-01", "to": "2024-02-01", "horizon": 12}

@@ -2,11 +2,13 @@
 
 import pytest
 
+from model.errors import CheckpointNotFoundError
 from model.registry import (
     BUNDLED,
     BUNDLED_FOLDER,
     PUBLISHED,
     brings_tokenizer,
+    load_checkpoint,
     named_source,
     network_folder,
     network_source,
@@ -63,3 +65,62 @@ def test_a_folder_or_repository_is_a_pair_or_one_network(tmp_path):
     assert not brings_tokenizer("me/network")
     (tmp_path / "tokenizer").mkdir()
     assert network_source(tmp_path, "tokenizer") == (str(tmp_path.resolve() / "tokenizer"), None), "of a run's output"
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """Repositories that the Hub was asked for, which holds none; the working directory has a folder models."""
+
+    def download(repository, name, revision=None):
+        asked.append((repository, revision))
+        raise OSError("no network")
+
+    asked = []
+    monkeypatch.setattr("model.checkpoint.hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    return asked
+
+
+@pytest.mark.parametrize(
+    "name", ["models/nosuch", "./models/nosuch", "elsewhere/nosuch", "/nowhere/x", "a/b/c", "none"]
+)
+def test_a_mistyped_folder_is_said_to_be_missing(asked, name):
+    """Whatever else the name might be; it is not the lack of a tokenizer that is wrong with it."""
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        load_checkpoint(named_source(name))
+    assert f"there is no folder {name}, and it is none of the known names (bundled, kronos-mini" in str(caught.value)
+    assert "no tokenizer is named" not in str(caught.value)
+    assert ("if it is a Hub repository" in str(caught.value)) == (name in ("models/nosuch", "elsewhere/nosuch", "none"))
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("models/nosuch", False),  # the folder models is here
+        ("./models/nosuch", False),
+        ("a/b/c", False),
+        ("elsewhere/nosuch", True),
+        ("NeoQuasar/Kronos-small", True),
+    ],
+)
+def test_a_network_that_is_not_here_is_looked_up_only_where_it_could_be_no_folder(asked, tmp_path, name, repository):
+    (
+        tmp_path / "NeoQuasar"
+    ).mkdir()  # of somebody who has downloaded another one: the published ones stay what they are
+    for ask in (
+        lambda: network_folder(name, "model"),
+        lambda: load_checkpoint(named_source(name, tokenizer=str(BUNDLED_FOLDER / "tokenizer"))),
+    ):
+        asked.clear()
+        with pytest.raises(CheckpointNotFoundError) as caught:
+            ask()
+        assert bool(asked) == repository
+        assert (f"there is no folder {name}" in str(caught.value)) == (name != "NeoQuasar/Kronos-small")
+
+
+def test_a_revision_makes_a_name_that_of_a_repository(asked):
+    with pytest.raises(CheckpointNotFoundError, match="models/mine at revision v1"):
+        load_checkpoint(named_source("models/mine", tokenizer=str(BUNDLED_FOLDER / "tokenizer"), revision="v1"))
+    assert asked == [("models/mine", "v1")]

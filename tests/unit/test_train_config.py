@@ -123,7 +123,8 @@ def test_a_predictor_needs_a_tokenizer():
     with pytest.raises(InputError, match=r"predictor\.tokenizer must name a folder"):
         parse_config(config)
     with pytest.raises(
-        InputError, match=r"predictor\.tokenizer must .*: init_from=me/model brings none, .* kronos-small"
+        InputError,
+        match=r"predictor\.tokenizer must .*: init_from=me/model brings none, .* kronos-small, .* no folder of",
     ):
         parse_config(config | {"predictor": config["predictor"] | {"init_from": "me/model"}})
     del config["predictor"]
