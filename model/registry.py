@@ -76,7 +76,12 @@ PUBLISHED = {
 KNOWN_NAMES = ", ".join(["bundled", *PUBLISHED])
 """For errors."""
 
-_REPOSITORIES = {repository for source in PUBLISHED.values() for repository in (source.model, source.tokenizer)}
+_REVISIONS = {
+    repository: revision
+    for source in PUBLISHED.values()
+    for repository, revision in ((source.model, source.revision), (source.tokenizer, source.tokenizer_revision))
+}
+"""The public repositories, each network alone, and the revision that its alias is pinned to."""
 
 
 def named_source(
@@ -90,7 +95,7 @@ def named_source(
     """What a command line calls a model: bundled, an alias of PUBLISHED, a local folder or a Hub repository.
 
     What is given beside the name replaces what the alias says. A folder wins over an alias: whoever trained one into
-    ./kronos-small means it.
+    ./kronos-small means it. A public repository has the revision of its alias unless one is given.
     """
     folder = Path(name)
     published = {source.model: source for source in PUBLISHED.values()}
@@ -98,15 +103,17 @@ def named_source(
     if folder.is_dir():
         base = CheckpointSource(id=folder.resolve().name, model=whole_path(name))
     elif name not in known:
-        base = CheckpointSource(id=name, model=name)
+        base = CheckpointSource(id=name, model=name, revision=_REVISIONS.get(name))
     else:
         base = known[name]
+    if tokenizer:
+        # A revision says nothing about another repository.
+        found = whole_path(tokenizer)
+        base = replace(base, tokenizer=found, tokenizer_revision=_REVISIONS.get(found))
     return replace(
         base,
-        tokenizer=whole_path(tokenizer) if tokenizer else base.tokenizer,
         revision=revision or base.revision,
-        # A revision says nothing about another repository.
-        tokenizer_revision=tokenizer_revision or (None if tokenizer else base.tokenizer_revision),
+        tokenizer_revision=tokenizer_revision or base.tokenizer_revision,
         max_context=max_context or base.max_context,
     )
 
@@ -228,7 +235,7 @@ def _find(name: str, revision: str | None) -> Path:
 
 def _is_certain(name: str, revision: str | None) -> bool:
     """Whether a name can mean one thing only: a folder that is here, or a repository; no folder has a revision."""
-    return Path(name).is_dir() or name in _REPOSITORIES or revision is not None
+    return Path(name).is_dir() or name in _REVISIONS or revision is not None
 
 
 def _no_folder(name: str) -> str:

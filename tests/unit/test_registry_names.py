@@ -55,6 +55,23 @@ def test_each_network_of_an_alias_has_its_own_repository_and_revision(alias):
         assert brings_tokenizer(name)
 
 
+@pytest.mark.parametrize("alias", PUBLISHED)
+def test_a_public_tokenizer_named_outright_is_pinned_as_its_alias_is(alias, tmp_path, monkeypatch):
+    repository, pinned = PUBLISHED[alias].tokenizer, PUBLISHED[alias].tokenizer_revision
+    assert network_source(repository, "tokenizer") == (repository, pinned), "as predictor.tokenizer names it"
+    assert named_source("me/model", tokenizer=repository).tokenizer_revision == pinned
+    assert named_source("kronos-small", tokenizer=repository).tokenizer_revision == pinned
+    assert named_source("me/model", tokenizer=repository, tokenizer_revision="v2").tokenizer_revision == "v2"
+    assert not brings_tokenizer(repository), "it is one network"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / repository).mkdir(parents=True)
+    assert named_source("me/model", tokenizer=repository).tokenizer_revision is None, "a folder has no revision"
+
+
+def test_the_tokenizer_of_the_larger_models_has_a_known_revision():
+    assert len(network_source("NeoQuasar/Kronos-Tokenizer-base", "tokenizer")[1] or "") == 40
+
+
 def test_a_folder_or_repository_is_a_pair_or_one_network(tmp_path):
     for part in ("model", "tokenizer"):
         assert network_folder("bundled", part) == BUNDLED_FOLDER / part
