@@ -27,7 +27,8 @@ from cluster.batching.config import BatchConfig, check, parse_arguments
 from cluster.batching.files import Source, find_files, scan
 from cluster.batching.forecaster import Forecaster, Work, unit_rows
 from cluster.batching.plan import Spread, Unit, plan_spread, plan_units, remove_spread, spread_file
-from cluster.batching.store import SPREAD_FOLDER, Store
+from cluster.batching.store import RUN_FILE, SPREAD_FOLDER, Store
+from cluster.files import require_writable_folder
 from cluster.placement import ActorPlacement, place_when_free
 from cluster.ray_session import node_resources, ray_session
 from model.errors import InputError, KronosError
@@ -72,8 +73,10 @@ def run_batch(config: BatchConfig, *, show: TextIO | None = None) -> Summary:
     """
     began = time.monotonic()
     check(config)
-    checkpoint = load_checkpoint(config.model)
     output = config.output.resolve()
+    if not (output / RUN_FILE).is_file():  # else it has been written to, and may be complete
+        require_writable_folder(config.output, "--output")
+    checkpoint = load_checkpoint(config.model)
     files = _input_files(config, output)
     inputs = {str(file): (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
     store = Store(output)

@@ -32,6 +32,7 @@ from cluster.evaluation.metrics import Scored, Table, Truth, overall_verdict
 from cluster.evaluation.scores import Draws
 from cluster.evaluation.walk_forward import WalkForward, Window, Windows, pick_windows
 from cluster.evaluation.walk_forward_options import add_walk_forward_arguments, print_progress, walk_forward_of
+from cluster.files import require_writable_folder
 from cluster.ray_session import ray_session
 from model.calibration import Calibration, load_calibration, usual_bar_seconds
 from model.errors import InputError, KronosError
@@ -371,19 +372,12 @@ def _refuse_ignored(options: argparse.Namespace) -> None:
         raise InputError("options of the backtest are given without --top-k: say how many symbols to hold")
 
 
-def _require_writable(folder: Path) -> None:
-    """Raises InputError if the folder could not be made or filled."""
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise InputError(f"--out {folder} cannot be written to: {nearest} is no folder of yours", code="bad_output")
-
-
 def _run(options: argparse.Namespace) -> None:
     setting = walk_forward_of(options, temperature=options.temperature, top_p=options.top_p)
     rules = backtest.rules_of(options) if options.top_k is not None else None
     series = read_bars(options.data, time_column=options.time_column, symbol_column=options.symbol_column)
     # What cannot be written to or traded is said before the forecasts, which may take hours.
-    _require_writable(options.out.absolute())
+    require_writable_folder(options.out, "--out")
     prices = backtest.prices_of(series) if rules is not None else []
     if rules is not None:
         Prices.of(prices)

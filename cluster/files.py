@@ -1,9 +1,11 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and folders that can be written to."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from model.errors import InputError
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -15,3 +17,19 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def require_writable_folder(folder: Path, option: str) -> None:
+    """Said before the work, whose results would be lost. option: how the user named the folder.
+
+    Raises InputError if the folder could not be made or filled.
+    """
+    whole = folder.absolute()
+    nearest = next(path for path in (whole, *whole.parents) if path.exists())
+    if not nearest.is_dir():
+        fault = f"{nearest} is a file"
+    elif not os.access(nearest, os.W_OK):
+        fault = f"{nearest} is not yours to write to"
+    else:
+        return
+    raise InputError(f"{option} {folder} cannot be written to, because {fault}: name another folder", code="bad_output")

@@ -5,6 +5,7 @@ import json
 import pyarrow as pa
 import pytest
 
+from cluster import batch
 from cluster.batching.store import OWNER_FILE, RUN_FILE, Finished, Part, Store, part_name, schema
 from model.errors import InputError
 
@@ -94,3 +95,16 @@ def test_a_run_that_was_taken_over_writes_no_more(tmp_path):
     assert json.loads((tmp_path / RUN_FILE).read_text())["settings"] == RUN["settings"]
     assert (tmp_path / OWNER_FILE).read_text() == second.token
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("below", ["", "out"])
+def test_an_output_that_is_a_file_is_refused_before_any_work(tmp_path, capsys, monkeypatch, below):
+    file = tmp_path / "out.parquet"
+    file.write_text("mine")
+    for work in ("load_checkpoint", "find_files", "ray_session"):
+        monkeypatch.setattr(batch, work, None)
+    given = ["--input", "bars.csv", "--output", str(file / below), "--horizon", "4"]
+    assert batch.main(given) == 2
+    said = f"error: --output {file / below} cannot be written to, because {file} is a file: name another folder\n"
+    assert capsys.readouterr().err == said
+    assert file.read_text() == "mine"
