@@ -302,7 +302,11 @@ def _trades(prices: Prices, ledger: Ledger) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+FILES = ("backtest.json", "backtest.html", "equity.csv", "trades.csv")
+
+
 def write(found: Backtest, folder: Path) -> None:
+    """Writes FILES into folder, which is made if it is not there."""
     from cluster.evaluation.report import page  # the report embeds backtests, and this page is made like it
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,8 @@ from model.registry import load_checkpoint
 PUBLISHED_CUTOFF = np.datetime64("2024-07-01")
 """The published weights were trained on bars up to June 2024."""
 FEW_ORIGINS = 30
+BACKTEST_FOLDER = "backtest"
+"""In --out, beside the report."""
 
 
 @dataclass
@@ -333,6 +335,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_walk_forward_arguments(parser)
     parser.add_argument("--out", type=Path, help="folder of the report; needed with --data")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier report in --out")
     parser.add_argument("--parent", help="the model that it was finetuned from, to compare with")
     parser.add_argument("--parent-tokenizer", help="folder or org/repo, where the parent's folder holds none")
     parser.add_argument("--season", type=int, help="bars of the seasonal naive forecast; default: a usual day")
@@ -372,12 +375,30 @@ def _refuse_ignored(options: argparse.Namespace) -> None:
         raise InputError("options of the backtest are given without --top-k: say how many symbols to hold")
 
 
+def _earlier_files(folder: Path) -> list[Path]:
+    """What an evaluation has written into the folder before, its backtest included."""
+    traded = [f"{BACKTEST_FOLDER}/{name}" for name in backtest.FILES]
+    return [folder / name for name in (*report.FILES, *traded) if (folder / name).exists()]
+
+
+def _require_free(folder: Path, overwrite: bool) -> None:
+    """Raises InputError for a folder that cannot be written to, or holds a report that is not to be replaced."""
+    require_writable_folder(folder, "--out")
+    earlier = _earlier_files(folder)
+    if earlier and not overwrite:
+        raise InputError(
+            f"--out {folder} holds an earlier report ({earlier[0].relative_to(folder)}): name another folder, or give "
+            "--overwrite",
+            code="report_exists",
+        )
+
+
 def _run(options: argparse.Namespace) -> None:
     setting = walk_forward_of(options, temperature=options.temperature, top_p=options.top_p)
     rules = backtest.rules_of(options) if options.top_k is not None else None
+    # What cannot be written or traded is said before the forecasts, which may take hours.
+    _require_free(options.out, options.overwrite)
     series = read_bars(options.data, time_column=options.time_column, symbol_column=options.symbol_column)
-    # What cannot be written to or traded is said before the forecasts, which may take hours.
-    require_writable_folder(options.out, "--out")
     prices = backtest.prices_of(series) if rules is not None else []
     if rules is not None:
         Prices.of(prices)
@@ -398,8 +419,11 @@ def _run(options: argparse.Namespace) -> None:
     traded = None
     if rules is not None:
         traded = backtest.run(prices, found.signals(), rules)
-        backtest.write(traded, options.out / "backtest")
         found.summary["backtest"] = traded.summary
+    for file in _earlier_files(options.out):  # a backtest that is not made again would seem to be of this report
+        file.unlink()
+    if traded is not None:
+        backtest.write(traded, options.out / BACKTEST_FOLDER)
     report.write(options.out, found, traded)
     for warning in found.summary["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)

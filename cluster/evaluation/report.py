@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cluster.evaluate import Evaluation
 
 REPORT_FILE = "report.json"
+FILES = (REPORT_FILE, "report.html", "forecasts.csv", "signals.csv")
 NAMES = {
     "model": "model",
     "calibrated": "model, calibrated",

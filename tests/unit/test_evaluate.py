@@ -369,6 +369,29 @@ def test_what_cannot_be_traded_or_written_is_said_before_the_forecasts(tmp_path,
     assert capsys.readouterr().err.startswith("error: symbol 'S0', 2024")  # no progress came before it
 
 
+def test_an_earlier_report_is_replaced_only_on_request_and_as_a_whole(tmp_path, bundle, capsys, monkeypatch):
+    frame_from_bars(random_walks(1, 120)).to_csv(tmp_path / "bars.csv", index=False)
+    out = tmp_path / "out"
+    given = arguments(bundle, tmp_path / "bars.csv", out)
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert command.main([*given, "--top-k", "1"]) == 0, "the folder holds no report"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "read_bars", None)  # it is said before the data is looked at
+        assert command.main(given) == 2
+    said = capsys.readouterr().err
+    assert (
+        said == f"error: --out {out} holds an earlier report (report.json): name another folder, or give --overwrite\n"
+    )
+    assert command.main([*given, "--overwrite", "--from", "2031-01-01"]) == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before, "nothing came of it"
+    assert command.main([*given, "--overwrite", "--seed", "1"]) == 0
+    assert json.loads((out / "report.json").read_text())["setting"]["seed"] == 1
+    assert {path.name for path in out.rglob("*") if path.is_file()} == {*report.FILES, "notes.txt"}
+
+
 def test_a_bundle_is_calibrated_on_the_bars_that_are_named(tmp_path, golden, capsys):
     """fit → calibration.json in the bundle → an evaluation that reports both coverages."""
     for part in ("model", "tokenizer"):
