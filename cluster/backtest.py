@@ -24,7 +24,8 @@ from cluster.candles.bars import SymbolBars, bars_from_frame, find_files, read_f
 from cluster.evaluation.charts import line_chart
 from cluster.evaluation.ledger import Ledger, Prices, Rules, SymbolPrices, run_ledger
 from model.errors import InputError, KronosError
-from model.frames import time_index
+from model.frames import columns_by_name, time_index, with_names
+from model.types import COLUMNS
 
 YEAR = np.timedelta64(31_557_600, "s")
 
@@ -75,7 +76,7 @@ def read_prices(
     """open and close of every symbol, in float64. Raises InputError as cluster.candles.bars does."""
     found: dict[str, SymbolPrices] = {}
     for file in find_files(paths):
-        frame = read_frame(file, symbol_column)
+        frame = with_names(read_frame(file, symbol_column), (time_column, symbol_column, *COLUMNS), f"{file}: ")
         if {"open", "close"} <= set(frame.columns):
             # Only these two are traded at; what checks candles wants the others as well.
             pair = frame[["open", "close"]].apply(pd.to_numeric, errors="coerce")  # a text is named further down
@@ -113,10 +114,12 @@ def read_signals(path: Path, *, time_column: str = "timestamps", symbol_column: 
     they are called in the prices.
     """
     frame = read_frame(path, symbol_column)
-    if symbol_column not in frame.columns and "symbol" in frame.columns:
+    there = columns_by_name(frame.columns, (symbol_column, "symbol", time_column, "timestamps"), f"{path}: ")
+    if symbol_column not in there and "symbol" in there:
         frame, symbol_column = read_frame(path, "symbol"), "symbol"
-    if time_column not in frame.columns and "timestamps" in frame.columns:
+    if time_column not in there and "timestamps" in there:
         time_column = "timestamps"
+    frame = with_names(frame, (symbol_column, time_column, "signal"), f"{path}: ")
     for column in (symbol_column, time_column, "signal"):
         if column not in frame.columns:
             raise InputError(
@@ -396,7 +399,7 @@ def _benchmark(options: argparse.Namespace, symbols: set[str]) -> tuple[str, pd.
         return name
     parts = []
     for file in find_files(options.prices):
-        frame = read_frame(file)
+        frame = with_names(read_frame(file), (options.time_column,), f"{file}: ")
         if name in frame.columns:
             index = pd.DatetimeIndex(pd.to_datetime(frame[options.time_column], format="ISO8601"))
             index = index.tz_convert("UTC").tz_localize(None) if index.tz is not None else index

@@ -5,7 +5,7 @@ The only module of the package, beside the predictor's result frames, that knows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, TypeAlias
 
@@ -93,14 +93,48 @@ def clock_marks(local: np.ndarray) -> np.ndarray:
     return np.stack([minutes % 60, minutes // 60, weekday, day, months.astype(np.int64) % 12 + 1], axis=1)
 
 
+def same_name(column: Any, name: str) -> bool:
+    """Whether a column is what is called `name` here: Volume, VOLUME and volume are one."""
+    return isinstance(column, str) and column.lower() == name.lower()
+
+
+def columns_by_name(columns: Iterable[Any], names: Sequence[str], where: str = "") -> dict[str, Any]:
+    """{name: the column that has it, in whatever case} for those of `names` that are there, in their order.
+
+    Every reader of tables asks here, so that none takes Volume for no volume. where: what an error begins with.
+    Raises InputError for a name that several columns have: which one is meant is not for us to guess.
+    """
+    alike: dict[Any, list[Any]] = {}
+    for column in columns:
+        alike.setdefault(column.lower() if isinstance(column, str) else column, []).append(column)
+    for name in names:
+        if len(twice := alike.get(name.lower(), [])) > 1:
+            spelt = " and ".join(map(repr, dict.fromkeys(twice)))
+            raise InputError(
+                f"{where}column {name!r} is there twice{f' ({spelt})' if len(set(twice)) > 1 else ''}: keep one",
+                code="duplicate_column",
+                column=name,
+            )
+    return {name: alike[name.lower()][0] for name in names if name.lower() in alike}
+
+
+def with_names(df: pd.DataFrame, names: Sequence[str], where: str = "") -> pd.DataFrame:
+    """The frame with the columns that columns_by_name finds called by these names. Raises as it does."""
+    other = {column: name for name, column in columns_by_name(df.columns, names, where).items() if column != name}
+    return df.rename(columns=other) if other else df
+
+
 def candle_array(df: pd.DataFrame) -> np.ndarray:
     """float32 [T, 6] in the order of COLUMNS, each column contiguous.
 
-    No volume: volume is 0. No amount: volume × the mean of the four prices (0 without volume).
-    Raises InputError for a missing column, no rows, NaN, infinities, and what float32 cannot hold.
+    Names of columns may be in any case. No volume: volume is 0. No amount: volume × the mean of the four prices
+    (0 without volume).
+    Raises InputError for a missing column, one that is there twice, no rows, NaN, infinities, and what float32 cannot
+    hold.
     """
     if not isinstance(df, pd.DataFrame):
         raise InputError(f"candles must be a pandas DataFrame, not {type(df).__name__}", code="not_a_frame")
+    df = with_names(df, COLUMNS)
     missing = [name for name in PRICE_COLUMNS if name not in df.columns]
     if missing:
         alike = next((name for name in map(str, df.columns) if name.strip().lower() == missing[0]), None)
@@ -124,9 +158,7 @@ def candle_array(df: pd.DataFrame) -> np.ndarray:
     return candles
 
 
-def _numbers(column: pd.Series | pd.DataFrame, name: str) -> np.ndarray:
-    if isinstance(column, pd.DataFrame):
-        raise InputError(f"column {name!r} is there twice: keep one", code="duplicate_column", column=name)
+def _numbers(column: pd.Series, name: str) -> np.ndarray:
     if not pd.api.types.is_numeric_dtype(column.dtype) or pd.api.types.is_bool_dtype(column.dtype):
         raise InputError(
             f"column {name!r} holds {column.dtype}, not numbers: convert it with pandas.to_numeric",

@@ -137,7 +137,7 @@ class KronosPredictor:
     ) -> pd.DataFrame:
         """The mean path: a float32 frame [pred_len, 6], indexed by y_timestamp; the public arguments and numbers.
 
-        df: columns open, high, low, close, and volume and amount if known; one row a bar, oldest first.
+        df: columns open, high, low, close, and volume and amount if known, in any case; one row a bar, oldest first.
         T: temperature, 0 is greedy. top_k > 0 switches top_p off. verbose shows a progress bar.
         Without a seed the noise comes from torch's global generator.
         window: exact | hop:K | fit, what happens past max_context (model.engine.types.WindowPolicy).

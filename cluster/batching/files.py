@@ -5,12 +5,13 @@ Three layouts, told apart by the columns:
 - long: the same and a column with the symbol of each row.
 - wide: time, and per symbol the columns SYMBOL.open, SYMBOL.high, SYMBOL.low, SYMBOL.close (SYMBOL.volume,
   SYMBOL.amount). A row in which all columns of a symbol are empty is no bar of it.
+The names of columns, but for the SYMBOL in them, may be in any case: model.frames.columns_by_name.
 """
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import pyarrow.dataset
 import pyarrow.parquet
 
 from model.errors import InputError
-from model.frames import PRICE_COLUMNS
+from model.frames import PRICE_COLUMNS, columns_by_name, same_name
 from model.types import COLUMNS
 
 PARQUET = (".parquet", ".pq")
@@ -100,8 +101,8 @@ def _scan_file(file: Path, names: Layout) -> Source:
         if layout == "single":
             return Source(str(file), layout, (file.stem,), size)
         if layout == "wide":
-            return Source(str(file), layout, tuple(wide_symbols(schema.names, names)), size)
-        symbols = tuple(_long_symbols(file, names))
+            return Source(str(file), layout, tuple(wide_columns(schema.names, names)), size)
+        symbols = tuple(_long_symbols(file, names, known_columns(schema.names, names)[names.symbol]))
         if not symbols:
             raise InputError(f"{file}: there are no rows: give at least one bar of history", code="no_rows")
         return Source(str(file), layout, symbols, size)
@@ -117,27 +118,28 @@ def unreadable(file: Path | str, error: Exception) -> InputError:
 
 
 def layout_of(columns: Sequence[str], names: Layout, where: str) -> str:
-    """single | long | wide. Raises InputError that says which column is missing."""
-    if names.time not in columns:
+    """single | long | wide. Raises InputError that says which column is missing, or there twice."""
+    known = known_columns(columns, names, f"{where}: ")
+    if names.time not in known:
         raise InputError(
             f"{where}: column {names.time!r} is missing: give each bar its time, or name its column with --time-column",
             code="missing_column",
             column=names.time,
         )
-    if any(name in columns for name in PRICE_COLUMNS):
-        missing = next((name for name in PRICE_COLUMNS if name not in columns), None)
+    if any(name in known for name in PRICE_COLUMNS):
+        missing = next((name for name in PRICE_COLUMNS if name not in known), None)
         if missing is not None:
             raise InputError(
                 f"{where}: column {missing!r} is missing: {', '.join(PRICE_COLUMNS)} are needed",
                 code="missing_column",
                 column=missing,
             )
-        return "long" if names.symbol in columns else "single"
-    symbols = wide_symbols(columns, names)
-    present = set(columns)
-    missing_of = {s: next((name for name in PRICE_COLUMNS if f"{s}.{name}" not in present), None) for s in symbols}
+        return "long" if names.symbol in known else "single"
+    symbols = wide_columns(columns, names)
+    present = {symbol: {field.lower() for field in fields} for symbol, fields in symbols.items()}
+    missing_of = {s: next((name for name in PRICE_COLUMNS if name not in present[s]), None) for s in symbols}
     if symbols and all(missing_of.values()):  # else it is the fault of those symbols alone
-        symbol = symbols[0]
+        symbol = next(iter(symbols))
         raise InputError(
             f"{where}: column '{symbol}.{missing_of[symbol]}' is missing: a wide table has SYMBOL.open, SYMBOL.high, "
             "SYMBOL.low and SYMBOL.close for every symbol",
@@ -155,10 +157,19 @@ def layout_of(columns: Sequence[str], names: Layout, where: str) -> str:
     return "wide"
 
 
-def wide_symbols(columns: Sequence[str], names: Layout) -> list[str]:
-    """The symbols of a wide table, in the order of their first columns; a symbol may hold dots itself."""
-    parts = (name.rpartition(".") for name in columns if name != names.time)
-    return list(dict.fromkeys(symbol for symbol, _, field in parts if symbol and field in COLUMNS))
+def known_columns(columns: Iterable[str], names: Layout, where: str = "") -> dict[str, str]:
+    """{name: the column that has it} of the time, the symbol and the candles, as far as they are there. Raises."""
+    return columns_by_name(columns, (names.time, names.symbol, *COLUMNS), where)
+
+
+def wide_columns(columns: Sequence[str], names: Layout) -> dict[str, dict[str, str]]:
+    """symbol → {field as it is written: its column}, in the order of their first columns; a symbol may hold dots."""
+    found: dict[str, dict[str, str]] = {}
+    for column in columns:
+        symbol, _, field = column.rpartition(".")
+        if symbol and field.lower() in COLUMNS and not same_name(column, names.time):
+            found.setdefault(symbol, {})[field] = column
+    return found
 
 
 def schema_names(file: str) -> list[str]:
@@ -180,22 +191,22 @@ def _size(file: Path) -> int:
     return sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
 
 
-def _long_symbols(file: Path, names: Layout) -> list[str]:
+def _long_symbols(file: Path, names: Layout, column: str) -> list[str]:
     seen: dict[str, None] = {}
     table = dataset(file, names, None)
-    _require_symbols(table.schema, names, file)
-    for batch in table.to_batches(columns=[names.symbol]):
+    _require_symbols(table.schema, column, file)
+    for batch in table.to_batches(columns=[column]):
         seen.update(dict.fromkeys(symbol_texts(pc.unique(batch.column(0)))))
     return list(seen)
 
 
-def _require_symbols(schema: pa.Schema, names: Layout, file: Path | str) -> None:
+def _require_symbols(schema: pa.Schema, column: str, file: Path | str) -> None:
     """Raises InputError for a symbol column of lists or structures, which a Parquet file can hold."""
-    if pa.types.is_nested(kind := schema.field(names.symbol).type):
+    if pa.types.is_nested(kind := schema.field(column).type):
         raise InputError(
-            f"{file}: column {names.symbol!r} holds {kind}, not symbols: write each symbol as text",
+            f"{file}: column {column!r} holds {kind}, not symbols: write each symbol as text",
             code="not_a_symbol",
-            column=names.symbol,
+            column=column,
         )
 
 
@@ -211,35 +222,38 @@ def dataset(file: Path | str, names: Layout, number: pa.DataType | None) -> pyar
     """
     if Path(file).suffix.lower() in PARQUET:
         return pyarrow.dataset.dataset(file, format="parquet")
-    types = {names.time: pa.string(), names.symbol: pa.string()}
+    columns = _schema(Path(file)).names
+    types = {name: pa.string() for name in columns if same_name(name, names.time) or same_name(name, names.symbol)}
     if number is not None:
-        types |= {name: number for name in _schema(Path(file)).names if name.rpartition(".")[2] in COLUMNS}
+        types |= {name: number for name in columns if name not in types and name.rpartition(".")[2].lower() in COLUMNS}
     options = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=["", "NaN", "nan"])
     return pyarrow.dataset.dataset(file, format=pyarrow.dataset.CsvFileFormat(convert_options=options))
 
 
-def read_columns(file: str, names: Layout, columns: Sequence[str], wanted: Sequence[str] | None) -> pa.Table:
+def read_columns(file: str, names: Layout, columns: Mapping[str, str], wanted: Sequence[str] | None) -> pa.Table:
     """Some columns of a file, and with `wanted` only the rows of those symbols.
 
-    The candles of a CSV are numbers, or all of them text where one is no number: then the symbol it belongs to can say
-    so, and the others can be read. Raises pyarrow's errors, and InputError for symbols that are none.
+    columns: what each is called in the table → in the file. The candles of a CSV are numbers, or all of them text where
+    one is no number: then the symbol it belongs to can say so, and the others can be read. Raises pyarrow's errors, and
+    InputError for symbols that are none.
     """
     number: pa.DataType
     for number in (pa.float64(), pa.string()):
         try:
             found = dataset(file, names, number)
+            keep = None
             if wanted is not None:
-                _require_symbols(found.schema, names, file)
-            keep = None if wanted is None else _symbol_is_in(found.schema, names, wanted)
-            return found.to_table(columns=list(columns), filter=keep)
+                _require_symbols(found.schema, columns[names.symbol], file)
+                keep = _symbol_is_in(found.schema, columns[names.symbol], wanted)
+            return found.to_table(columns=list(columns.values()), filter=keep).rename_columns(list(columns))
         except pa.ArrowInvalid:
             if number == pa.string() or Path(file).suffix.lower() in PARQUET:
                 raise
     raise AssertionError("unreachable")
 
 
-def _symbol_is_in(schema: pa.Schema, names: Layout, wanted: Sequence[str]) -> pyarrow.dataset.Expression:
-    field = pyarrow.dataset.field(names.symbol)
-    texts = field if pa.types.is_string(schema.field(names.symbol).type) else field.cast(pa.string())
+def _symbol_is_in(schema: pa.Schema, column: str, wanted: Sequence[str]) -> pyarrow.dataset.Expression:
+    field = pyarrow.dataset.field(column)
+    texts = field if pa.types.is_string(schema.field(column).type) else field.cast(pa.string())
     keep = texts.isin(pa.array([symbol for symbol in wanted if symbol], pa.string()))
     return keep | field.is_null() | (texts == "") if "" in wanted else keep

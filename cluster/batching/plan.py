@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet
 
-from cluster.batching.files import PARQUET, Layout, Source, dataset, symbol_texts
+from cluster.batching.files import PARQUET, Layout, Source, dataset, known_columns, symbol_texts
 
 SPREAD_BYTES = 64 * 2**20
 """Symbols whose files are larger than this are read from partitions of about this size."""
@@ -116,12 +116,13 @@ def spread_file(path: str, number: int, spread: Spread, names: Layout) -> None:
 
 def _write_partitions(rows: pyarrow.dataset.Dataset, number: int, spread: Spread, names: Layout) -> None:
     writers: dict[int, Any] = {}
+    symbol = known_columns(rows.schema.names, names)[names.symbol]
     try:
         for batch in rows.to_batches():
             table = pa.table(batch)
-            codes = table.column(names.symbol).cast(pa.string()).combine_chunks().dictionary_encode()
+            codes = table.column(symbol).cast(pa.string()).combine_chunks().dictionary_encode()
             # The last one is for rows without a symbol.
-            targets = [partition(symbol, spread.partitions) for symbol in [*symbol_texts(codes.dictionary), ""]]
+            targets = [partition(text, spread.partitions) for text in [*symbol_texts(codes.dictionary), ""]]
             places = np.asarray(targets)[codes.indices.fill_null(len(targets) - 1).to_numpy(zero_copy_only=False)]
             for place in np.unique(places).tolist():
                 if place not in writers:

@@ -14,11 +14,19 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from cluster.batching.files import Layout, layout_of, read_columns, schema_names, unreadable, wide_symbols
+from cluster.batching.files import (
+    Layout,
+    known_columns,
+    layout_of,
+    read_columns,
+    schema_names,
+    unreadable,
+    wide_columns,
+)
 from cluster.batching.plan import Unit
 from model.calendars import DAY, CalendarError, future_times, parse_freq
 from model.errors import InputError
-from model.frames import PRICE_COLUMNS, candle_array, time_index, time_marks
+from model.frames import PRICE_COLUMNS, candle_array, columns_by_name, time_index, time_marks
 from model.types import COLUMNS, Series
 
 
@@ -52,25 +60,28 @@ def load_unit(unit: Unit, names: Layout, rules: HistoryRules) -> dict[str, Symbo
     for path, layout in unit.files:
         for file in sorted(Path(path).glob("*.parquet")) if layout == "spread" else [Path(path)]:
             try:
-                for symbol, frame in _read(str(file), "long" if layout == "spread" else layout, unit.symbols, names):
-                    pieces[symbol].append(frame)
+                for symbol, found in _read(str(file), "long" if layout == "spread" else layout, unit.symbols, names):
+                    if isinstance(found, InputError):
+                        faults[symbol] = found
+                    else:
+                        pieces[symbol].append(found)
             except InputError as fault:
                 faults |= dict.fromkeys(_symbols_of(file, layout, unit), fault)
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                 faults |= dict.fromkeys(_symbols_of(file, layout, unit), unreadable(file, error))
             except Exception as error:
                 faults |= dict.fromkeys(_symbols_of(file, layout, unit), _unexpected(error))
-    found: dict[str, SymbolHistory | InputError] = {}
+    histories: dict[str, SymbolHistory | InputError] = {}
     for symbol in unit.symbols:
         try:
             if symbol in faults:
                 raise faults[symbol]
-            found[symbol] = symbol_history(symbol, pieces[symbol], names, rules)
+            histories[symbol] = symbol_history(symbol, pieces[symbol], names, rules)
         except InputError as fault:
-            found[symbol] = fault
+            histories[symbol] = fault
         except Exception as error:
-            found[symbol] = _unexpected(error)
-    return found
+            histories[symbol] = _unexpected(error)
+    return histories
 
 
 def _unexpected(error: Exception) -> InputError:
@@ -83,28 +94,46 @@ def _symbols_of(file: Path, layout: str, unit: Unit) -> Sequence[str]:
     return [file.stem] if layout in ("single", "") and file.stem in unit.symbols else unit.symbols
 
 
-def _read(file: str, layout: str, symbols: Sequence[str], names: Layout) -> Iterator[tuple[str, pd.DataFrame]]:
-    """(symbol, its rows in the order of the file) with the time column and the six of COLUMNS that there are."""
+def _read(
+    file: str, layout: str, symbols: Sequence[str], names: Layout
+) -> Iterator[tuple[str, pd.DataFrame | InputError]]:
+    """(symbol, its rows in the order of the file) with the time column and the six of COLUMNS that there are.
+
+    Columns are called as names and COLUMNS have them, however the file writes them. A fault of one symbol of a wide
+    table comes instead of its rows.
+    """
     columns = schema_names(file)
     if not layout:
         layout = layout_of(columns, names, file)  # raises what the scan found, if it still holds
-    candles = [name for name in COLUMNS if name in columns]
+    known = known_columns(columns, names, f"{file}: ")
     if layout == "single":
-        yield Path(file).stem, _frame(read_columns(file, names, [names.time, *candles], None), names)
+        yield Path(file).stem, _frame(read_columns(file, names, known, None), names)
     elif layout == "long":
-        table = read_columns(file, names, [names.time, names.symbol, *candles], symbols)
+        table = read_columns(file, names, known, symbols)
         yield from _by_symbol(_frame(table.drop_columns([names.symbol]), names), table.column(names.symbol))
     else:
-        here = set(wide_symbols(columns, names))
-        wanted = [symbol for symbol in symbols if symbol in here]
-        chosen = [f"{symbol}.{name}" for symbol in wanted for name in COLUMNS if f"{symbol}.{name}" in columns]
-        table = read_columns(file, names, [names.time, *chosen], None)
-        times = _frame(table.select([names.time]), names)
-        for symbol in wanted:
-            own = [name for name in chosen if name.rpartition(".")[0] == symbol]
-            renamed = table.select(own).rename_columns([name.rpartition(".")[2] for name in own])
-            frame = renamed.to_pandas(ignore_metadata=True)
-            yield symbol, times.join(frame)[frame.notna().any(axis=1)].reset_index(drop=True)
+        yield from _read_wide(file, columns, known[names.time], symbols, names)
+
+
+def _read_wide(
+    file: str, columns: Sequence[str], time: str, symbols: Sequence[str], names: Layout
+) -> Iterator[tuple[str, pd.DataFrame | InputError]]:
+    here = wide_columns(columns, names)
+    wanted: dict[str, dict[str, str]] = {}  # symbol → {one of COLUMNS: the file's column}
+    for symbol in symbols:
+        if symbol in here:
+            try:
+                written = columns_by_name(here[symbol], COLUMNS, f"symbol {symbol!r}: ")
+            except InputError as fault:
+                yield symbol, fault
+            else:
+                wanted[symbol] = {name: here[symbol][field] for name, field in written.items()}
+    chosen = {column: column for own in wanted.values() for column in own.values()}
+    table = read_columns(file, names, {names.time: time, **chosen}, None)
+    times = _frame(table.select([names.time]), names)
+    for symbol, own in wanted.items():
+        frame = table.select(list(own.values())).rename_columns(list(own)).to_pandas(ignore_metadata=True)
+        yield symbol, times.join(frame)[frame.notna().any(axis=1)].reset_index(drop=True)
 
 
 def _frame(table: pa.Table, names: Layout) -> pd.DataFrame:

@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow.parquet
 
 from model.errors import InputError
-from model.frames import candle_array, time_index, time_marks
+from model.frames import candle_array, same_name, time_index, time_marks, with_names
 from model.types import COLUMNS
 
 logger = logging.getLogger(__name__)
@@ -74,10 +74,11 @@ def read_bars(
 ) -> list[SymbolBars]:
     """Reads the files that find_files finds, in long format.
 
-    Columns: the time, open, high, low, close, and where there are any volume, amount and the symbol. Without a symbol
-    column a file is one symbol, named after the file. A symbol's rows must be in time order; symbols may interleave.
-    Either all symbols have times with a time zone or none has. Raises InputError naming file, symbol, column, row (from
-    0, in the file) and the remedy; at the first fault: `python -m cluster.data check` lists all of them.
+    Columns: the time, open, high, low, close, and where there are any volume, amount and the symbol, written in any
+    case. Without a symbol column a file is one symbol, named after the file. A symbol's rows must be in time order;
+    symbols may interleave. Either all symbols have times with a time zone or none has. Raises InputError naming file,
+    symbol, column, row (from 0, in the file) and the remedy; at the first fault: `python -m cluster.data check` lists
+    all of them.
     """
     found: dict[str, SymbolBars] = {}
     for file in find_files(paths):
@@ -124,14 +125,15 @@ def read_frame(file: Path, symbol_column: str = "symbol") -> pd.DataFrame:
 
 
 def _read_csv(file: Path, symbol_column: str) -> pd.DataFrame:
-    frame = pd.read_csv(file, dtype={symbol_column: str})  # 000001 is a name, not a number
-    if symbol_column in frame and frame[symbol_column].isna().any():
-        # NA, NULL and None are names too: only an empty cell names nothing.
-        frame[symbol_column] = pd.read_csv(
-            file, usecols=[symbol_column], dtype=str, keep_default_na=False, na_values=[""]
-        )[symbol_column]
-    # pandas renames the second of two columns of one name: here both keep it, so that they are refused.
     head = pd.read_csv(file, header=None, nrows=1, dtype=str, keep_default_na=False).iloc[0].tolist()
+    symbols = [column for column in dict.fromkeys(head) if same_name(column, symbol_column)]
+    frame = pd.read_csv(file, dtype=dict.fromkeys(symbols, str))  # 000001 is a name, not a number
+    for column in symbols:
+        if column in frame and frame[column].isna().any():
+            # NA, NULL and None are names too: only an empty cell names nothing.
+            texts = pd.read_csv(file, usecols=[column], dtype=str, keep_default_na=False, na_values=[""])
+            frame[column] = texts[column]
+    # pandas renames the second of two columns of one name: here both keep it, so that they are refused.
     if len(head) == frame.shape[1]:
         frame.columns = pd.Index([name or known for name, known in zip(head, frame.columns, strict=True)])
     return frame
@@ -141,6 +143,7 @@ def bars_from_frame(
     frame: pd.DataFrame, name: str = "frame", *, time_column: str = "timestamps", symbol_column: str = "symbol"
 ) -> list[SymbolBars]:
     """A long-format frame as one SymbolBars per symbol, in order of first appearance. Errors as read_bars."""
+    frame = with_names(frame, (time_column, symbol_column, *COLUMNS), f"{name}: ")
     if time_column not in frame.columns:
         raise InputError(
             f"{name}: column {time_column!r} is missing: give each bar its time, or name its column (--time-column; in "
@@ -148,11 +151,6 @@ def bars_from_frame(
             code="missing_column",
             column=time_column,
         )
-    for column in (time_column, symbol_column):
-        if isinstance(frame.get(column), pd.DataFrame):
-            raise InputError(
-                f"{name}: column {column!r} is there twice: keep one", code="duplicate_column", column=column
-            )
     if len(frame) == 0:
         raise InputError(f"{name}: there are no rows", code="no_rows")
     if symbol_column not in frame.columns:

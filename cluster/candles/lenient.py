@@ -15,6 +15,7 @@ import pandas as pd
 
 from cluster.candles.bars import out_of_range, symbol_codes
 from model.errors import InputError
+from model.frames import columns_by_name, same_name
 from model.types import COLUMNS
 
 PRICES = COLUMNS[:4]
@@ -76,14 +77,12 @@ class Lenient:
     def series(self, frame: pd.DataFrame, file: Path) -> Iterator[RawSeries]:
         """The symbols of one table that have times and prices."""
         name = str(file)
+        frame, twice = self._named(frame, name)
         missing = [column for column in (self.time_column, *PRICES) if column not in frame.columns]
         for column in missing:
             what = f"there is no column {column!r}; there are {', '.join(map(repr, map(str, frame.columns)))}"
             remedy = "name it as is asked for" + (", or give --time-column" if column == self.time_column else "")
             self._fault("missing_column", what, remedy, name, column=column)
-        twice = sorted({str(column) for column in frame.columns[frame.columns.duplicated()]})
-        for column in twice:
-            self._fault("duplicate_column", f"column {column!r} is there twice", "keep one", name, column=column)
         if len(frame) == 0:
             self._fault("no_rows", "the table has no rows", "leave the file out", name)
         if missing or twice or len(frame) == 0:
@@ -92,6 +91,22 @@ class Lenient:
         values = self._values(frame, name)
         for symbol, rows in self._symbols(frame, file):
             yield RawSeries(symbol, name, rows, times[rows], values[rows], zone, list(frame.columns))
+
+    def _named(self, frame: pd.DataFrame, file: str) -> tuple[pd.DataFrame, bool]:
+        """The frame with the columns that are read called as they are here, and whether any column is there twice."""
+        wanted = (self.time_column, self.symbol_column, *COLUMNS)
+        named: dict[Any, str] = {}
+        others = {str(column) for column in frame.columns[frame.columns.duplicated()]}
+        before = len(self.findings)
+        for name in wanted:
+            try:
+                named |= dict.fromkeys(columns_by_name(frame.columns, (name,)).values(), name)
+            except InputError as error:
+                others = {column for column in others if not same_name(column, name)}
+                self._fault(error.code, str(error).removesuffix(": keep one"), "keep one", file, column=name)
+        for column in sorted(others):
+            self._fault("duplicate_column", f"column {column!r} is there twice", "keep one", file, column=column)
+        return frame.rename(columns=named), len(self.findings) > before
 
     def _symbols(self, frame: pd.DataFrame, file: Path) -> Iterator[tuple[str, np.ndarray]]:
         if self.symbol_column not in frame.columns:

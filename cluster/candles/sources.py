@@ -17,6 +17,8 @@ from model.errors import InputError
 from model.registry import sha256_of
 
 CACHE_PARTS = ("times", "candles", "marks")
+CACHE_RULES = 2
+"""Of reading files; raised when the same file is read otherwise: under 1 a column Volume counted as none."""
 
 
 def read_source(source: FileSource | QlibSource) -> list[SymbolBars]:
@@ -36,9 +38,10 @@ def _read_files(source: FileSource) -> list[SymbolBars]:
 
 
 def _cache_key(source: FileSource) -> str:
-    """Of what decides the arrays: which files, and that they are as they were."""
+    """Of what decides the arrays: which files, that they are as they were, and how they are read."""
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in find_files(source.paths)]
-    return hashlib.sha256(json.dumps([source.time_column, source.symbol_column, files]).encode()).hexdigest()[:16]
+    key = json.dumps([CACHE_RULES, source.time_column, source.symbol_column, files])
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def _write_cache(folder: Path, series: list[SymbolBars]) -> None:

@@ -301,6 +301,23 @@ def test_signals_of_an_evaluation_meet_prices_with_other_column_names(tmp_path, 
     assert read_signals(tmp_path / "signals.csv", **names)["symbol"].tolist() == ["000001", "600000"]
 
 
+def test_names_of_columns_may_be_in_any_case_in_prices_and_signals(tmp_path):
+    rows = [(s, day, *pair) for s in ("000001", "600000") for day, pair in zip(DAYS, FIVE_DAYS["A"], strict=True)]
+    prices = pd.DataFrame(rows, columns=["symbol", "timestamps", "open", "close"])
+    signals = signals_of({0: {"000001": 3, "600000": 2}})
+    equity = []
+    for write in (str, str.title):
+        for name, table in (("prices", prices), ("signals", signals)):
+            table.rename(columns=write).to_csv(tmp_path / f"{name}.csv", index=False)
+        found = read_prices([tmp_path / "prices.csv"]), read_signals(tmp_path / "signals.csv")
+        assert {own.symbol for own in found[0]} == set(found[1]["symbol"]) == {"000001", "600000"}
+        equity.append(run(*found, Rules(top_k=1, drop_n=1)).equity)
+    pd.testing.assert_frame_equal(*equity)
+    signals.assign(Signal=1.0).to_csv(tmp_path / "signals.csv", index=False)
+    with pytest.raises(InputError, match=r"signals\.csv: column 'signal' is there twice"):
+        read_signals(tmp_path / "signals.csv")
+
+
 def test_prices_of_open_and_close_alone_are_not_called_crooked(tmp_path, caplog):
     rows = [("A", day, *pair) for day, pair in zip(DAYS, FIVE_DAYS["A"], strict=True)]
     pd.DataFrame(rows, columns=["symbol", "timestamps", "open", "close"]).to_csv(tmp_path / "prices.csv", index=False)

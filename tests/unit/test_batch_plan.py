@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from cluster.batching.config import check, parse_arguments
-from cluster.batching.files import Layout, Source, find_files, layout_of, scan, wide_symbols
+from cluster.batching.files import Layout, Source, find_files, layout_of, scan, wide_columns
 from cluster.batching.plan import Unit, partition, plan_spread, plan_units, spread_file
 from cluster.batching.symbols import HistoryRules, load_unit
 from model.errors import InputError
@@ -55,6 +55,9 @@ def test_a_file_whose_name_holds_a_pattern_is_itself(tmp_path):
         (["timestamps", "open", "high", "low", "close"], "single"),
         (["timestamps", "symbol", "open", "high", "low", "close", "volume"], "long"),
         (["timestamps", "BRK.B.open", "BRK.B.high", "BRK.B.low", "BRK.B.close"], "wide"),
+        (["Timestamps", "Open", "High", "Low", "Close"], "single"),
+        (["timestamps", "Symbol", "open", "high", "low", "close"], "long"),
+        (["TIMESTAMPS", "A.Open", "A.HIGH", "A.low", "A.Close"], "wide"),
     ],
 )
 def test_layouts(columns, layout):
@@ -67,6 +70,7 @@ def test_layouts(columns, layout):
         (["date", "open", "high", "low", "close"], "timestamps", "--time-column"),
         (["timestamps", "open", "high", "close"], "low", "low"),
         (["timestamps", "A.open", "A.high", "A.low"], "A.close", "SYMBOL.close"),
+        (["timestamps", "A.Open", "A.High", "A.Low"], "A.close", "SYMBOL.close"),
         (["timestamps", "AAPL", "MSFT"], "close", "one price a symbol is not enough"),
     ],
 )
@@ -76,8 +80,18 @@ def test_tables_without_candles_say_what_is_missing(columns, column, told):
     assert (caught.value.code, caught.value.column) == ("missing_column", column)
 
 
+def test_a_column_that_is_there_in_two_cases_costs_its_file(tmp_path):
+    candles(20).to_csv(tmp_path / "good.csv", index=False)
+    candles(20).assign(Volume=1.0).to_csv(tmp_path / "two.csv", index=False)
+    good, two = scan([tmp_path / "good.csv", tmp_path / "two.csv"], NAMES)
+    assert good.fault is None
+    assert (two.fault.code, two.fault.column) == ("duplicate_column", "volume")
+    assert "two.csv: column 'volume' is there twice ('volume' and 'Volume')" in str(two.fault)
+
+
 def test_symbols_of_a_wide_table_may_hold_dots():
-    assert wide_symbols(["timestamps", "BRK.B.open", "BRK.B.close", "A.open"], NAMES) == ["BRK.B", "A"]
+    found = wide_columns(["timestamps", "BRK.B.open", "BRK.B.close", "A.open"], NAMES)
+    assert found == {"BRK.B": {"open": "BRK.B.open", "close": "BRK.B.close"}, "A": {"open": "A.open"}}
 
 
 def test_scan_keeps_leading_zeros_and_a_broken_file_costs_itself(tmp_path):
@@ -160,8 +174,9 @@ def test_the_partition_of_a_symbol_depends_on_its_name_alone():
     assert len({partition(f"S{i}", 16) for i in range(500)}) == 16
 
 
+@pytest.mark.parametrize("names", [{}, {"symbol": "Symbol", "close": "CLOSE"}])
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_histories_over_several_files_are_the_same_spread_or_not(tmp_path, suffix):
+def test_histories_over_several_files_are_the_same_spread_or_not(tmp_path, suffix, names):
     """Every file holds a stretch of every symbol; one symbol has a text among its prices."""
     whole = pd.concat([candles(60, seed=i).assign(symbol=f"S{i}") for i in range(6)])
     if suffix == "csv":
@@ -170,7 +185,7 @@ def test_histories_over_several_files_are_the_same_spread_or_not(tmp_path, suffi
     whole = whole.sort_values("timestamps", kind="stable")
     for number, piece in enumerate(np.array_split(np.arange(len(whole)), 3)):
         path = tmp_path / f"{3 - number}.{suffix}"  # the names do not say which comes first
-        frame = whole.iloc[piece]
+        frame = whole.iloc[piece].rename(columns=names if number else {})  # one file has its own way to write them
         frame.to_csv(path, index=False) if suffix == "csv" else frame.to_parquet(path)
     sources = scan(find_files([str(tmp_path)]), NAMES)
     rules = HistoryRules(horizon=3)

@@ -155,6 +155,39 @@ def test_wide_and_long_tables_give_the_same_histories(tmp_path):
     assert len(found[0]["B.X"].series.candles) == 25
 
 
+@pytest.mark.parametrize("layout", ["single", "long", "wide"])
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_names_of_columns_may_be_in_any_case(tmp_path, layout, suffix):
+    plain = candles().assign(volume=7.0)
+    tables = {"A": plain, "B": plain.rename(columns=lambda name: name if name in ("open", "low") else name.title())}
+    found = []
+    for symbol, table in tables.items():
+        path = tmp_path / f"{symbol}.{suffix}"
+        if layout == "long":
+            table = table.assign(**{"symbol" if symbol == "A" else "SYMBOL": symbol})
+        if layout == "wide":
+            times = table.columns[0]
+            table = table.add_prefix(f"{symbol}.").rename(columns={f"{symbol}.{times}": times})
+        table.to_csv(path, index=False) if suffix == "csv" else table.to_parquet(path, index=False)
+        [source] = scan([path], NAMES)
+        assert (source.layout, source.symbols) == (layout, (symbol,))
+        unit = Unit((symbol,), ((str(path), layout),))
+        found.append(load_unit(unit, NAMES, HistoryRules(4))[symbol].series.candles)
+    assert (found[0][:, 4] == 7).all()
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_symbol_of_a_wide_table_with_a_column_in_two_cases_costs_itself_alone(tmp_path):
+    wide = candles().add_prefix("A.").rename(columns={"A.timestamps": "timestamps"})
+    wide = wide.join(candles().drop(columns="timestamps").add_prefix("B.")).assign(**{"B.Close": 1.0})
+    wide.to_csv(tmp_path / "wide.csv", index=False)
+    [source] = scan([tmp_path / "wide.csv"], NAMES)
+    found = load_unit(Unit(source.symbols, ((source.path, source.layout),)), NAMES, HistoryRules(4))
+    assert len(found["A"].series.candles) == 40
+    assert (found["B"].code, found["B"].column) == ("duplicate_column", "close")
+    assert "symbol 'B': column 'close' is there twice ('close' and 'Close')" in str(found["B"])
+
+
 def test_a_parquet_file_whose_times_are_its_index(tmp_path):
     candles().set_index("timestamps").to_parquet(tmp_path / "A.parquet")
     candles().to_parquet(tmp_path / "B.parquet")

@@ -214,6 +214,22 @@ def test_a_csv_with_a_column_twice(tmp_path, capsys):
     assert "'close' is there twice" in printed.out
 
 
+def test_names_of_columns_may_be_in_any_case_but_in_one(tmp_path):
+    """As the strict reader has it: what it reads has no fault, what it refuses has."""
+    report = check([write(good(60).rename(columns=str.title), tmp_path / "A.csv")])
+    assert [(one.symbol, one.bars) for one in report.symbols] == [("A", 60)]
+    assert report.of_level("fault") == []
+    assert "no_volume" not in found(report, "warning")
+    table = good(60).assign(Volume=1.0, CLOSE=1.0)
+    report = check([write(table, tmp_path / "B.csv")])
+    assert [(fault.code, fault.column) for fault in report.of_level("fault")] == [
+        ("duplicate_column", "close"),
+        ("duplicate_column", "volume"),
+    ]
+    with pytest.raises(InputError, match="'close' is there twice"):
+        read_bars(tmp_path / "B.csv")
+
+
 def test_what_cannot_be_read_does_not_stop_the_rest(tmp_path, capsys):
     (tmp_path / "broken.parquet").write_bytes(b"not parquet")
     frame, _ = plant(good())

@@ -331,7 +331,8 @@ def test_the_command_writes_a_report_that_needs_nothing_else(tmp_path, bundle, c
     [
         (lambda f: f.rename(columns={"timestamps": "when"}), [], "'timestamps' is missing.*--time-column"),
         (lambda f: f.drop(columns="close"), [], "'close' is missing"),
-        (lambda f: f.rename(columns={"close": "Close"}), [], "'close' is missing.*; rename 'Close'"),
+        (lambda f: f.rename(columns={"close": " Close"}), [], "'close' is missing.*; rename ' Close'"),
+        (lambda f: f.assign(Close=f["close"]), [], "'close' is there twice .'close' and 'Close'.: keep one"),
         (lambda f: f, ["--from", "2031-01-01"], "no window in the period"),
         (lambda f: f, ["--from", "soon"], "--from 'soon' is not a date"),
         (lambda f: f, ["--from", "07/01/2024"], "--from '07/01/2024' is not a date"),

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from model.errors import InputError
-from model.frames import candle_array, clock_marks, normalise, series_from_frame, time_index, time_marks
+from model.frames import (
+    candle_array,
+    clock_marks,
+    columns_by_name,
+    normalise,
+    series_from_frame,
+    time_index,
+    time_marks,
+)
 
 N = 6
 X = pd.Series(pd.date_range("2024-03-01 09:30", periods=N, freq="5min"))
@@ -91,6 +99,27 @@ def test_missing_volume_and_amount():
 def test_column_order_and_extra_columns_do_not_matter():
     shuffled = candles()[["amount", "close", "low", "volume", "high", "open"]].assign(symbol="X")
     assert np.array_equal(candle_array(shuffled), candle_array(candles()))
+
+
+@pytest.mark.parametrize("write", [str.upper, str.title])
+def test_names_of_columns_may_be_in_any_case(write):
+    """Volume was read as no volume."""
+    for frame in (candles(), candles(amount=None)):
+        assert np.array_equal(candle_array(frame.rename(columns=write)), candle_array(frame))
+    assert np.array_equal(candle_array(candles().rename(columns={"volume": "Volume"})), candle_array(candles()))
+
+
+def test_of_two_columns_that_differ_in_case_none_is_preferred():
+    with pytest.raises(
+        InputError, match=r"column 'volume' is there twice \('volume' and 'Volume'\): keep one"
+    ) as caught:
+        candle_array(candles().assign(Volume=1.0))
+    assert (caught.value.code, caught.value.column) == ("duplicate_column", "volume")
+    candle_array(candles().assign(note=1, Note=2))  # which nobody reads
+
+
+def test_columns_are_found_in_the_order_of_the_names_that_are_asked_for():
+    assert columns_by_name(["LOW", 7, "x", "Open"], ("open", "high", "low")) == {"open": "Open", "low": "LOW"}
 
 
 def test_marks_are_read_off_the_local_wall_clock():

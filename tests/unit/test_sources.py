@@ -79,6 +79,34 @@ def test_symbols_that_pandas_takes_for_nothing_are_names(tmp_path):
     assert caught.value.code == "missing_symbol"
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("names", [{"volume": "Volume"}, str.title, str.upper])
+def test_names_of_columns_may_be_in_any_case(tmp_path, suffix, names):
+    """Also beside lower-case prices; symbols keep their zeros, and NA is a name."""
+    plain = pd.concat([frame(symbol="000001"), frame(symbol="NA", seed=1)], ignore_index=True)
+    for name, table in (("plain", plain), ("other", plain.rename(columns=names))):
+        path = tmp_path / f"{name}.{suffix}"
+        table.to_csv(path, index=False) if suffix == "csv" else table.to_parquet(path)
+    expected, found = (read_bars(tmp_path / f"{name}.{suffix}") for name in ("plain", "other"))
+    assert [bars.symbol for bars in found] == ["000001", "NA"]
+    for one, other in zip(expected, found, strict=True):
+        assert one.candles[:, 4].all()
+        for part in ("times", "candles", "marks"):
+            np.testing.assert_array_equal(getattr(one, part), getattr(other, part))
+
+
+@pytest.mark.parametrize("column", ["timestamps", "symbol", "volume"])
+def test_two_columns_that_differ_in_case_are_refused(tmp_path, column):
+    table = frame(symbol="A")
+    table[column.upper()] = table[column]
+    table.to_csv(tmp_path / "x.csv", index=False)
+    table.to_parquet(tmp_path / "x.parquet")
+    for name in ("x.csv", "x.parquet"):
+        with pytest.raises(InputError, match=rf"{name}: column '{column}' is there twice \('{column}' and") as caught:
+            read_bars(tmp_path / name)
+        assert (caught.value.code, caught.value.column) == ("duplicate_column", column)
+
+
 @pytest.mark.parametrize("index", [["timestamps"], ["symbol", "timestamps"]])
 def test_columns_that_pandas_wrote_as_its_index_are_columns(tmp_path, index):
     frame(symbol="A").set_index(index).to_parquet(tmp_path / "x.parquet")
@@ -145,6 +173,16 @@ def test_a_cache_gives_the_same_series_and_notices_a_change(folder, tmp_path):
         damaged.write_bytes(b"half a file")
     with pytest.raises(InputError, match="is damaged"):
         read_source(cached)
+
+
+def test_a_cache_that_was_read_by_other_rules_is_not_taken(folder, tmp_path, monkeypatch):
+    """Else bars whose Volume an older version did not see would stay without one."""
+    cached = file_source(folder, cache=tmp_path / "cache")
+    monkeypatch.setattr("cluster.candles.sources.CACHE_RULES", 1)
+    read_source(cached)
+    monkeypatch.undo()
+    read_source(cached)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_the_hash_of_the_data_is_of_names_and_contents(folder):
