@@ -22,6 +22,7 @@ import pyarrow.csv
 import pyarrow.dataset
 import pyarrow.parquet
 
+from cluster.candles.bars import symbols_as_text
 from model.errors import InputError
 from model.frames import PRICE_COLUMNS, columns_by_name, same_name
 from model.types import COLUMNS
@@ -192,11 +193,13 @@ def _size(file: Path) -> int:
 
 
 def _long_symbols(file: Path, names: Layout, column: str) -> list[str]:
+    """Symbols as text, as a filter on them reads it; a missing one is "", whose rows become one error row."""
     seen: dict[str, None] = {}
     table = dataset(file, names, None)
     _require_symbols(table.schema, column, file)
     for batch in table.to_batches(columns=[column]):
-        seen.update(dict.fromkeys(symbol_texts(pc.unique(batch.column(0)))))
+        texts = symbols_as_text(pc.unique(batch.column(0)), column, file)
+        seen.update(dict.fromkeys(texts.fill_null("").to_pylist()))
     return list(seen)
 
 
@@ -208,11 +211,6 @@ def _require_symbols(schema: pa.Schema, column: str, file: Path | str) -> None:
             code="not_a_symbol",
             column=column,
         )
-
-
-def symbol_texts(values: pa.Array) -> list[str]:
-    """Symbols as text, as a filter on them reads it; a missing one is "", whose rows become one error row."""
-    return values.cast(pa.string()).fill_null("").to_pylist()
 
 
 def dataset(file: Path | str, names: Layout, number: pa.DataType | None) -> pyarrow.dataset.Dataset:
@@ -248,6 +246,10 @@ def read_columns(file: str, names: Layout, columns: Mapping[str, str], wanted: S
             return found.to_table(columns=list(columns.values()), filter=keep).rename_columns(list(columns))
         except pa.ArrowInvalid:
             if number == pa.string() or Path(file).suffix.lower() in PARQUET:
+                if wanted is not None:
+                    _long_symbols(
+                        Path(file), names, columns[names.symbol]
+                    )  # raises what the scan found, if it was that
                 raise
     raise AssertionError("unreachable")
 

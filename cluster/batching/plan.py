@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet
 
-from cluster.batching.files import PARQUET, Layout, Source, dataset, known_columns, symbol_texts
+from cluster.batching.files import PARQUET, Layout, Source, dataset, known_columns
 
 SPREAD_BYTES = 64 * 2**20
 """Symbols whose files are larger than this are read from partitions of about this size."""
@@ -122,7 +122,7 @@ def _write_partitions(rows: pyarrow.dataset.Dataset, number: int, spread: Spread
             table = pa.table(batch)
             codes = table.column(symbol).cast(pa.string()).combine_chunks().dictionary_encode()
             # The last one is for rows without a symbol.
-            targets = [partition(text, spread.partitions) for text in [*symbol_texts(codes.dictionary), ""]]
+            targets = [partition(text, spread.partitions) for text in [*codes.dictionary.to_pylist(), ""]]
             places = np.asarray(targets)[codes.indices.fill_null(len(targets) - 1).to_numpy(zero_copy_only=False)]
             for place in np.unique(places).tolist():
                 if place not in writers:

@@ -7,9 +7,11 @@ import logging
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet
 
 from model.errors import InputError
@@ -118,10 +120,39 @@ def read_frame(file: Path, symbol_column: str = "symbol") -> pd.DataFrame:
     try:
         if file.suffix.lower() == ".csv":
             return _read_csv(file, symbol_column)
+        table = _with_text_symbols(pyarrow.parquet.read_table(file), symbol_column, file)
         # All columns are columns, also those that pandas wrote as the index of its frame.
-        return pyarrow.parquet.read_table(file).to_pandas(ignore_metadata=True)
+        return table.to_pandas(ignore_metadata=True)
+    except InputError:
+        raise
     except (ValueError, OSError) as error:
         raise InputError(f"{file} cannot be read: {error}", code="unreadable_file") from error
+
+
+def _with_text_symbols(table: pa.Table, symbol_column: str, file: Path) -> pa.Table:
+    """Some writers keep texts as bytes (BINARY without UTF8), which pandas would call b'A'."""
+    for place, column in enumerate(table.column_names):
+        if same_name(column, symbol_column) and _holds_bytes(table.field(place).type):
+            table = table.set_column(place, column, symbols_as_text(table.column(place), column, file))
+    return table
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    of_bytes = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    return any(is_one(kind) for is_one in of_bytes)
+
+
+def symbols_as_text(values: Any, column: str, file: Path | str) -> Any:
+    """Symbols, a pyarrow array of any flat type, as pyarrow strings; nulls stay. Raises InputError for no UTF-8."""
+    try:
+        return values.cast(pa.string())
+    except pa.ArrowInvalid:
+        raise InputError(
+            f"{file}: column {column!r} holds bytes that are not UTF-8: write each symbol as text",
+            code="not_a_symbol",
+            column=column,
+        ) from None
 
 
 def _read_csv(file: Path, symbol_column: str) -> pd.DataFrame:

@@ -18,7 +18,8 @@ from model.registry import sha256_of
 
 CACHE_PARTS = ("times", "candles", "marks")
 CACHE_RULES = 2
-"""Of reading files; raised when the same file is read otherwise: under 1 a column Volume counted as none."""
+"""Of reading files; raised when the same file is read otherwise: under 1 a column Volume counted as none, and symbols
+that were bytes were called b'A'."""
 
 
 def read_source(source: FileSource | QlibSource) -> list[SymbolBars]:

@@ -2,9 +2,16 @@
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
+from cluster.backtest import read_prices
+from cluster.batching.files import Layout, scan
+from cluster.batching.plan import Unit
+from cluster.batching.symbols import HistoryRules, load_unit
 from cluster.candles.bars import find_files, read_bars
+from cluster.candles.check import check
 from cluster.candles.data_config import FileSource, QlibSource, SimulatedSource
 from cluster.candles.qlib import read_qlib
 from cluster.candles.sources import describe_source, read_source
@@ -93,6 +100,42 @@ def test_names_of_columns_may_be_in_any_case(tmp_path, suffix, names):
         assert one.candles[:, 4].all()
         for part in ("times", "candles", "marks"):
             np.testing.assert_array_equal(getattr(one, part), getattr(other, part))
+
+
+def write_symbols(path, symbols, kind):
+    """frame(2) of each symbol, which are bytes of this pyarrow type."""
+    table = pa.Table.from_pandas(pd.concat([frame(2) for _ in symbols]), preserve_index=False)
+    values = pa.array([symbol for symbol in symbols for _ in range(2)])
+    values = values.dictionary_encode() if kind is None else values.cast(kind)
+    pyarrow.parquet.write_table(table.append_column("Symbol", values), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary(3), None])
+def test_symbols_that_are_bytes_are_the_text_that_they_spell(tmp_path, kind):
+    """b'000' was the name of a symbol."""
+    path = write_symbols(tmp_path / "x.parquet", ["Öl".encode(), b"000"], kind)
+    assert [bars.symbol for bars in read_bars(path)] == ["Öl", "000"]
+    assert [own.symbol for own in check([path]).symbols] == ["Öl", "000"]
+    prices = read_prices([path])
+    assert [(own.symbol, len(own.opens)) for own in prices] == [("Öl", 2), ("000", 2)]
+    [source] = scan([path], Layout())
+    assert source.symbols == ("Öl", "000")
+
+
+def test_symbols_that_are_bytes_of_something_else_are_refused(tmp_path):
+    path = write_symbols(tmp_path / "x.parquet", [b"A", b"\xff\xfe"], pa.binary())
+    told = f"{path}: column 'Symbol' holds bytes that are not UTF-8: write each symbol as text"
+    with pytest.raises(InputError) as caught:
+        read_bars(path)
+    frame(40).to_csv(tmp_path / "fine.csv", index=False)
+    _, source = scan([tmp_path / "fine.csv", path], Layout())
+    unit = Unit(("x",), ((source.path, source.layout),))
+    [fault] = check([path]).of_level("fault")
+    in_batch = load_unit(unit, Layout(), HistoryRules(4))["x"]
+    for error in (caught.value, source.fault, in_batch):
+        assert (str(error), error.code, error.column) == (told, "not_a_symbol", "Symbol")
+    assert (fault.message, fault.code) == (told, "not_a_symbol")
 
 
 @pytest.mark.parametrize("column", ["timestamps", "symbol", "volume"])
