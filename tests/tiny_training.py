@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+import yaml
 
 from cluster.training.config_file import parse_config
 from cluster.training.group import Group
@@ -57,6 +58,28 @@ def save_predictor(folder, *, layers=2, width=16, dropout=0.2, seed=0):
     torch.manual_seed(seed)
     Kronos(4, 4, layers, width, 2, 2 * width, dropout, 0.0, dropout, 0.0, True).save_pretrained(folder)
     return folder
+
+
+def save_parent(folder):
+    """A bundle's folder to finetune from."""
+    save_tokenizer(folder / "tokenizer")
+    save_predictor(folder / "model", dropout=0.2)
+    return folder
+
+
+def finetune_config(parent, folder, **options):
+    """Of a predictor, from the networks of save_parent. options: as of tiny_config."""
+    return tiny_config(
+        "predictor", folder=folder, init_from=parent / "model", tokenizer=parent / "tokenizer", **options
+    )
+
+
+def write_yaml(config, folder):
+    """The path of folder/config.yaml, for the command line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return path
 
 
 def weights(worker):
