@@ -4,8 +4,8 @@
     python benchmarks/chaos.py [--quick] [--only kill-replica,cancel] [--rate C]
 
 Every case starts from the bundled model on two CPU replicas, and from C, the rate that benchmarks/load.py finds; --rate
-saves looking for it. "retry" columns: the same with a client that sends once more when its connection breaks, and
-knocks again while it is refused.
+saves looking for it. "one retry": the same with a client that sends once more when its connection breaks or it is told
+to come back later, and knocks again while it is refused.
 
 Results go to benchmarks/results/DATE-chaos.json.
 """

@@ -127,9 +127,9 @@ async def fire(
 ) -> Run:
     """rate × seconds requests, evenly spaced; body i % len(bodies).
 
-    retry: as a careful client does, send once more if the connection is lost, or if a 5xx is not the service's but of
-    Ray's proxy, which lost its ingress; and knock for up to CONNECT_PATIENCE_S if the connection is refused. during: a
-    coroutine function that runs beside the load.
+    retry: as a careful client does, send once more if the connection is lost, if a 5xx is not the service's but of
+    Ray's proxy, which lost its ingress, or when the service says to come back later; and knock for up to
+    CONNECT_PATIENCE_S if the connection is refused. during: a coroutine function that runs beside the load.
     """
     count = max(1, round(rate * seconds))
     timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -163,8 +163,10 @@ async def _shoot(
                 answer = await response.read()
                 shot.status, shot.retry_after = response.status, response.headers.get("retry-after")
                 shot.digest = digest(answer)
-            if not (retry and shot.tries == 1 and response.status >= 500 and b'"error"' not in answer):
+            lost = response.status >= 500 and b'"error"' not in answer
+            if not (retry and shot.tries == 1 and (lost or shot.retry_after)):
                 break
+            await asyncio.sleep(float(shot.retry_after or 0))
         except aiohttp.ClientConnectorError as error:
             # Nothing was sent.
             shot.error = type(error).__name__

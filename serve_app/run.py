@@ -41,8 +41,8 @@ POLL_S = 0.2
 BROADCAST_S = 2.0
 
 ENVIRONMENT = {
-    # A killed proxy is back after 4 s instead of 25.
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # It takes three failed checks: a killed proxy is back after 3 s instead of 25.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
     # glibc gives every few threads a heap of their own, and what is freed there stays: a soak grew by 5 % per 1,000
     # requests in all processes, and with two heaps by next to nothing.
