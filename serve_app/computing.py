@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import threading
 import time
 from collections import Counter
@@ -19,6 +17,7 @@ from model.types import Paths
 from serve_app.bar_stream import BarStream
 from serve_app.calibrating import Calibrated, NotCalibratedError
 from serve_app.jobs import Engine, Failed, Job, Task
+from serve_app.priority import FORECASTS, lower_by
 
 
 class Load:
@@ -106,17 +105,12 @@ class Progress:
         return (min(self.starts) - self.arrived) * 1000
 
 
-YIELDING_NICE = 2
-"""Two thirds of the processor time of those beside it that want it too, and all that they leave. Less would starve the
-forecasts while replicas start. Ray's own workers are at 15 of at most 19."""
-
-
 class Workers:
     """Threads that wait for engines."""
 
     def __init__(self, count: int, *, yielding: bool) -> None:
         """yielding: the threads compute on the processors that proxy and ingress answer on, and let those go first."""
-        initializer = _yield_to_others if yielding else None
+        initializer = partial(lower_by, FORECASTS) if yielding else None
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="forecast", initializer=initializer)
 
     async def compute(self, engine: Engine, progress: Progress, stream: BarStream | None) -> tuple[Paths, ...]:
@@ -135,13 +129,6 @@ class Workers:
             for future in futures:
                 future.cancel()
             raise
-
-
-def _yield_to_others() -> None:
-    # Elsewhere the priority is the whole process's, whose event loop has to answer at once.
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + YIELDING_NICE)
 
 
 def _compute(engine: Engine, task: Task, progress: Progress, on_bars: BarsCallback | None) -> Paths:

@@ -10,8 +10,10 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +30,7 @@ from serve_app.live_config import InvalidUserConfigError, LiveConfig
 from serve_app.load_errors import ModelUnavailableError, UnknownModelError
 from serve_app.logs import configure_logging, log
 from serve_app.model_store import ModelStore
+from serve_app.priority import LOADING, lower_by
 from serve_app.replica_metrics import replica_counters
 
 LAST_RESORT = 2
@@ -65,17 +68,19 @@ class KronosReplica:
         settings = config.group(group)
         threads = max(1, int(settings.num_cpus))
         self._factory = make_factory(config, group)
-        self._factory.prepare_process(threads)
+        # At a low priority: torch alone takes seconds to import, while other replicas may be short of processors.
+        loader = ThreadPoolExecutor(4, thread_name_prefix="load", initializer=partial(lower_by, LOADING))
+        loader.submit(self._factory.prepare_process, threads).result()
         self._device = self._factory.device()
         self._max_work = LAST_RESORT * settings.max_outstanding_work
         self._hang_timeout_s = settings.hang_timeout_s
         self._workers = Workers(settings.workers, yielding=self._device.backend == "cpu")
         self._load = Load()
         budget = settings.model_memory_gb * 2**30
-        self._store = ModelStore(Catalog(config).get, self._prepare, budget, config.limits.load_retry_s)
+        self._store = ModelStore(Catalog(config).get, self._prepare, budget, config.limits.load_retry_s, loader)
         self._store.pinned = config.always_on
         for alias in config.always_on:
-            self._store.load_now(alias)
+            loader.submit(self._store.load_now, alias).result()
         log(logging.INFO, "replica started", group=group, pid=os.getpid(), threads=threads, **asdict(self._device))
 
     def _prepare(self, alias: str, spec: ModelSpec) -> Candidate:

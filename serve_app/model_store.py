@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -45,7 +45,7 @@ class _Failure:
 
 
 class ModelStore:
-    """alias → engine. All methods run on one event loop; loading happens in threads of its own."""
+    """alias → engine. All methods run on one event loop; loading happens in other threads."""
 
     def __init__(
         self,
@@ -53,11 +53,12 @@ class ModelStore:
         prepare: Callable[[str, ModelSpec], Candidate],
         budget: float,
         retry_s: float,
+        loader: Executor,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """find: what an alias means now. prepare: blocks; whatever it raises makes the model unavailable for retry_s.
 
-        budget: bytes for all loaded models.
+        budget: bytes for all loaded models. loader: the threads in which `prepare` and what it returns run.
         """
         self.find = find
         self.retry_s = retry_s
@@ -76,7 +77,7 @@ class ModelStore:
         """model_loads, model_load_failures, model_evictions."""
         self._loading: dict[str, asyncio.Task[_Loaded]] = {}
         self._failures: dict[str, _Failure] = {}
-        self._loader = ThreadPoolExecutor(4, thread_name_prefix="load")
+        self._loader = loader
         self._room = asyncio.Lock()
         self._released = asyncio.Event()
 

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -30,7 +31,7 @@ class World:
         self.gate = threading.Event()
         self.gate.set()
         self.now = 0.0
-        self.store = ModelStore(self.find, self.prepare, budget, retry_s, clock=lambda: self.now)
+        self.store = ModelStore(self.find, self.prepare, budget, retry_s, ThreadPoolExecutor(4), clock=lambda: self.now)
 
     def find(self, alias):
         revision = self.models.get(alias)

@@ -18,12 +18,13 @@ from model.errors import (
     RequestTooLargeError,
 )
 from model.types import Paths, Sampling, Window
-from serve_app.computing import YIELDING_NICE, Workers
+from serve_app.computing import Workers
 from serve_app.config import AppConfig
 from serve_app.deployment import HungEngineError, KronosReplica, warm_up_series
 from serve_app.engine import group_device
 from serve_app.jobs import Candidate, Chunk, DeviceFacts, Done, Failed, Identity, Job, Resume, Task
 from serve_app.live_config import LiveConfig
+from serve_app.priority import FORECASTS, LOADING
 
 FACTS = DeviceFacts("cpu", "cpu", "a processor", "fp32", "exact", False, False, False)
 
@@ -76,6 +77,11 @@ class FakeEngine:
         return Paths(values, np.zeros((sampling.samples, series.horizon, 2), np.int64), Window(8, False))
 
 
+def priority():
+    """The niceness of the thread that asks; elsewhere than on Linux, of its process."""
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id() if sys.platform == "linux" else 0)
+
+
 class FakeFactory:
     """`missing` cannot be found, until it is taken out; everything else loads in load_s."""
 
@@ -85,6 +91,7 @@ class FakeFactory:
 
     def __call__(self, alias, settings):
         self.loads.append((alias, threading.current_thread().name))
+        self.loaded_at = priority()
         time.sleep(self.load_s)
         if alias in self.missing:
             raise CheckpointNotFoundError(f"/a/secret/path: no {alias}")
@@ -99,7 +106,7 @@ class FakeFactory:
         return FACTS
 
     def prepare_process(self, threads):
-        self.threads = threads
+        self.threads, self.prepared_at = threads, priority()
 
 
 def make_replica(limits=None, group=None, **factory):
@@ -119,7 +126,7 @@ def make_job(horizon=2, count=1, model="a", timeout_s=10.0, **sampling):
 
 def test_a_job():
     replica, factory = make_replica(group={"num_cpus": 2.5})
-    assert (factory.threads, factory.loads) == (2, [("a", "MainThread")])
+    assert (factory.threads, factory.loads) == (2, [("a", "load_0")])
     done = asyncio.run(replica.forecast(make_job(count=3)))
     assert isinstance(done, Done)
     assert [paths.values[0, 0, 0] for paths in done.paths] == [0.0, 1.0, 2.0]
@@ -407,11 +414,18 @@ def test_the_tasks_of_a_job_are_companions_and_those_of_two_jobs_are_not():
     assert asked[0] is not asked[3]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="priorities are a process's elsewhere")
-@pytest.mark.parametrize(("yielding", "lower"), [(True, YIELDING_NICE), (False, 0)])
-def test_what_answers_goes_before_what_computes(yielding, lower):
-    def priority():
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+linux = pytest.mark.skipif(sys.platform != "linux", reason="priorities are a process's elsewhere")
 
+
+@linux
+@pytest.mark.parametrize(("yielding", "lower"), [(True, FORECASTS), (False, 0)])
+def test_what_answers_goes_before_what_computes(yielding, lower):
     computing = Workers(1, yielding=yielding)._threads.submit(priority).result()
     assert computing == min(19, priority() + lower)
+
+
+@linux
+def test_what_computes_goes_before_what_loads():
+    _, factory = make_replica()
+    assert factory.prepared_at == factory.loaded_at == min(19, priority() + LOADING)
+    assert LOADING > FORECASTS
