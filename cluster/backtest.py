@@ -23,6 +23,7 @@ import pandas as pd
 from cluster.candles.bars import SymbolBars, bars_from_frame, find_files, read_frame, refuse_mixed_zones
 from cluster.evaluation.charts import line_chart
 from cluster.evaluation.ledger import Ledger, Prices, Rules, SymbolPrices, run_ledger
+from cluster.files import require_writable_folder
 from model.errors import InputError, KronosError
 from model.frames import columns_by_name, time_index, with_names
 from model.types import COLUMNS
@@ -371,6 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.top_k is None:
             raise InputError("--top-k is missing: say how many symbols to hold", code="missing_option")
+        require_writable_folder(options.out, "--out")
         columns = {"time_column": options.time_column, "symbol_column": options.symbol_column}
         series = read_prices(options.prices, **columns)
         found = run(

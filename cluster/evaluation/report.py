@@ -17,7 +17,7 @@ from cluster.evaluation.scores import INTERVALS
 
 if TYPE_CHECKING:
     from cluster.backtest import Backtest
-    from cluster.evaluate import Evaluation
+    from cluster.evaluation.comparison import Evaluation
 
 REPORT_FILE = "report.json"
 FILES = (REPORT_FILE, "report.html", "forecasts.csv", "signals.csv")

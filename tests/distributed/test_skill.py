@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from cluster.candles.bars import bars_from_frame
-from cluster.evaluate import evaluate
 from cluster.evaluation.card_scores import round_trip
+from cluster.evaluation.comparison import evaluate
 from cluster.evaluation.forecasting import ModelChoice, make_predictor
 from cluster.evaluation.walk_forward import WalkForward
 from cluster.train import train

@@ -13,10 +13,11 @@ import pytest
 from cluster import calibration
 from cluster import evaluate as command
 from cluster.candles.bars import SymbolBars, bars_from_frame, frame_from_bars, read_bars
-from cluster.evaluate import evaluate
 from cluster.evaluation import baselines as baseline_module
+from cluster.evaluation import comparison as comparison_module
 from cluster.evaluation import report
 from cluster.evaluation.charts import line_chart
+from cluster.evaluation.comparison import evaluate
 from cluster.evaluation.forecasting import ModelChoice
 from cluster.evaluation.leakage import alarms, future_in_inputs, shuffled_labels
 from cluster.evaluation.metrics import Table
@@ -126,9 +127,9 @@ def test_the_report_holds_what_was_promised(found, bundle):
     assert summary["model"]["sha256"] == load_checkpoint(CheckpointSource("x", str(bundle))).sha256
     assert list(summary["metrics"]) == ["model", "last_price", "drift", "historical_volatility", "seasonal_naive"]
     assert [c["against"] for c in summary["comparisons"]] == list(summary["metrics"])[1:]
-    for comparison in summary["comparisons"]:
-        assert comparison["metric"] == "crps"
-        assert comparison["verdict"] in ("beats", "ties", "loses")
+    for against in summary["comparisons"]:
+        assert against["metric"] == "crps"
+        assert against["verdict"] in ("beats", "ties", "loses")
     model = summary["metrics"]["model"]
     assert model["ic"]["kind"] == "cross-sectional"
     assert model["ic"]["lag"] >= 1
@@ -271,7 +272,7 @@ def test_shuffled_labels_have_no_skill(figure, symbols):
     """A forecast that knows the future: high IC on true returns, none on returns that were dealt out anew."""
     series = random_walks(symbols, 600)
     windows = pick_windows(series, SETTING).chosen
-    truth = command._truth(windows, SETTING)
+    truth = comparison_module._truth(windows, SETTING)
     table = Table(truth)
     oracle = truth.returns
     _, terms = table.coefficient_series(oracle, truth.returns)
@@ -390,7 +391,7 @@ def test_an_earlier_report_is_replaced_only_on_request_and_as_a_whole(tmp_path, 
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before, "nothing came of it"
     assert command.main([*given, "--overwrite", "--seed", "1"]) == 0
     assert json.loads((out / "report.json").read_text())["setting"]["seed"] == 1
-    assert {path.name for path in out.rglob("*") if path.is_file()} == {*report.FILES, "notes.txt"}
+    assert {path.name for path in out.rglob("*")} == {*report.FILES, "notes.txt"}
 
 
 def test_a_bundle_is_calibrated_on_the_bars_that_are_named(tmp_path, golden, capsys):
@@ -420,10 +421,10 @@ def test_a_bundle_is_calibrated_on_the_bars_that_are_named(tmp_path, golden, cap
 def test_a_calibration_of_other_sampling_is_not_evaluated():
     fitted_on = {"sampling": {"temperature": 1.0, "top_k": 0, "top_p": 1.0}}
     fitted, said = Calibration("scale", "", fitted_on, ()), []
-    assert command._calibration(fitted, SETTING, said) is fitted
-    assert command._calibration(None, SETTING, said) is None
+    assert comparison_module._calibration(fitted, SETTING, said) is fitted
+    assert comparison_module._calibration(None, SETTING, said) is None
     assert said == []
-    assert command._calibration(fitted, replace(SETTING, temperature=0.6), said) is None
+    assert comparison_module._calibration(fitted, replace(SETTING, temperature=0.6), said) is None
     assert "is not evaluated" in said[0]
 
 
