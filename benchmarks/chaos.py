@@ -303,7 +303,14 @@ def run_swaps(rate: float, quick: bool) -> list[dict[str, Any]]:
             rows = []
             for name, change, good in swaps.CHANGES:
                 run, verdict = swaps.swap_under_load(context.service.url, root, change, good, context.fire, quick)
-                rows.append(result(f"model swap: {name}", run, {"0 failed": not run.failed, **verdict}))
+                rows.append(
+                    result(
+                        f"model swap: {name}",
+                        run,
+                        {"0 failed": not run.failed, **verdict},
+                        p99=f"{run.percentiles()['p99']:.0f} ms",
+                    )
+                )
             return rows
 
 

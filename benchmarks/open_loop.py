@@ -158,6 +158,7 @@ async def _shoot(
     patience = time.monotonic() + CONNECT_PATIENCE_S
     while True:
         shot.tries += 1
+        shot.status = 0
         try:
             async with session.post(url, data=body, headers={"content-type": "application/json"}) as response:
                 answer = await response.read()

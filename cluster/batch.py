@@ -40,6 +40,9 @@ UNITS_PER_ACTOR = 4
 """At least so many units for each actor, so that they end at about the same time."""
 UNITS_PER_CALL = 8
 PROGRESS_EVERY_S = 5.0
+READING_RULES = 2
+"""Raised when the same table is read otherwise: under 1 a column Volume counted as none. An output begun before is not
+gone on with."""
 
 
 @dataclass
@@ -147,6 +150,7 @@ def _identity(config: BatchConfig, checkpoint: Checkpoint, place: ActorPlacement
         "max_context": config.model.max_context,
         "time_column": config.layout.time,
         "symbol_column": config.layout.symbol,
+        "reading": READING_RULES,
     }
     if place is not None:
         settings["device"] = place.kind

@@ -8,7 +8,9 @@ With --card, --candles or --scores instead of --data it measures a bundle for it
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +19,7 @@ from cluster import backtest
 from cluster.candles.bars import read_bars
 from cluster.evaluation import card_scores, report
 from cluster.evaluation.baselines import EXTRAS
-from cluster.evaluation.comparison import evaluate
+from cluster.evaluation.comparison import Evaluation, evaluate
 from cluster.evaluation.forecasting import ModelChoice
 from cluster.evaluation.ledger import Prices
 from cluster.evaluation.walk_forward_options import add_walk_forward_arguments, print_progress, walk_forward_of
@@ -94,6 +96,30 @@ def _require_free(folder: Path, overwrite: bool) -> None:
         )
 
 
+def _write(folder: Path, overwrite: bool, found: Evaluation, traded: backtest.Backtest | None) -> Path:
+    """Puts the report into the folder, in place of an earlier one only once it is whole. Returns where it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix="report-", dir=folder))
+    report.write(fresh, found, traded)
+    if traded is not None:
+        backtest.write(traded, fresh / BACKTEST_FOLDER)
+    earlier = _earlier_files(folder)
+    if earlier and not overwrite:
+        print(f"warning: a report has come into {folder} meanwhile: this one is in {fresh}", file=sys.stderr)
+        return fresh
+    for file in earlier:  # a backtest that is not made again would seem to be of this report
+        file.unlink()
+    with suppress(OSError):  # what else is in it is not ours
+        (folder / BACKTEST_FOLDER).rmdir()
+    for file in fresh.rglob("*"):
+        if file.is_file():
+            place = folder / file.relative_to(fresh)
+            place.parent.mkdir(exist_ok=True)
+            file.replace(place)
+    shutil.rmtree(fresh)
+    return folder
+
+
 def _run(options: argparse.Namespace) -> None:
     setting = walk_forward_of(options, temperature=options.temperature, top_p=options.top_p)
     rules = backtest.rules_of(options) if options.top_k is not None else None
@@ -121,18 +147,12 @@ def _run(options: argparse.Namespace) -> None:
     if rules is not None:
         traded = backtest.run(prices, found.signals(), rules)
         found.summary["backtest"] = traded.summary
-    for file in _earlier_files(options.out):  # a backtest that is not made again would seem to be of this report
-        file.unlink()
-    with suppress(OSError):  # what else is in it is not ours
-        (options.out / BACKTEST_FOLDER).rmdir()
-    if traded is not None:
-        backtest.write(traded, options.out / BACKTEST_FOLDER)
-    report.write(options.out, found, traded)
+    written = _write(options.out, options.overwrite, found, traded)
     for warning in found.summary["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(report.console_table(found.summary))
     print(found.summary["verdict_line"])
-    print(f"written: {options.out / 'report.html'}, report.json, forecasts.csv, signals.csv")
+    print(f"written: {written / 'report.html'}, report.json, forecasts.csv, signals.csv")
 
 
 if __name__ == "__main__":

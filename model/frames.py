@@ -119,7 +119,16 @@ def columns_by_name(columns: Iterable[Any], names: Sequence[str], where: str = "
 
 
 def with_names(df: pd.DataFrame, names: Sequence[str], where: str = "") -> pd.DataFrame:
-    """The frame with the columns that columns_by_name finds called by these names. Raises as it does."""
+    """The frame with the columns that columns_by_name finds called by these names.
+
+    Raises as it does, and InputError for columns of several levels.
+    """
+    if df.columns.nlevels > 1:
+        raise InputError(
+            f"{where}the columns have {df.columns.nlevels} levels: pick one symbol, such as df.xs(symbol, axis=1, "
+            "level=1)",
+            code="column_levels",
+        )
     other = {column: name for name, column in columns_by_name(df.columns, names, where).items() if column != name}
     return df.rename(columns=other) if other else df
 

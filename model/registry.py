@@ -205,7 +205,7 @@ def _pair(source: CheckpointSource) -> tuple[str, str]:
     if tokenizer is not None:
         return model, tokenizer
     if not _is_certain(model, source.revision):
-        remedy = ", or name its tokenizer too if it is a Hub repository" if is_hub_name(model) else ""
+        remedy = ", or name its tokenizer too if it is a Hub repository" if is_hub_name(model) and "/" in model else ""
         raise CheckpointNotFoundError(_no_folder(model) + remedy)
     raise CheckpointNotFoundError(
         f"{source.id}: no tokenizer is named, and {source.model} holds no folders model/ and tokenizer/"
@@ -215,14 +215,17 @@ def _pair(source: CheckpointSource) -> tuple[str, str]:
 def _find(name: str, revision: str | None) -> Path:
     """The local folder of one network, fetched if the name is a Hub repository's.
 
-    A mistyped folder must not become the weights of a stranger: a name in a folder that is here is not looked up.
+    A mistyped folder must not become the weights of a stranger: a bare name, and one in a folder that is here, are not
+    looked up.
     Raises as model.checkpoint.resolve_folder does.
     """
     if _is_certain(name, revision):
         return resolve_folder(name, revision)
     if not is_hub_name(name):
         raise CheckpointNotFoundError(_no_folder(name))
-    if "/" in name and Path(name).parent.is_dir():
+    if "/" not in name:
+        raise CheckpointNotFoundError(_no_folder(name))
+    if Path(name).parent.is_dir():
         raise CheckpointNotFoundError(
             f"{_no_folder(name)}; a Hub repository of that name is looked up only with a revision, or where there is "
             f"no folder {Path(name).parent}"
@@ -230,7 +233,7 @@ def _find(name: str, revision: str | None) -> Path:
     try:
         return resolve_folder(name)
     except CheckpointNotFoundError as error:
-        raise CheckpointNotFoundError(f"{_no_folder(name)}; as a Hub repository: {error}") from error
+        raise CheckpointNotFoundError(f"{error}; and there is no folder {name}") from error
 
 
 def _is_certain(name: str, revision: str | None) -> bool:
@@ -239,6 +242,8 @@ def _is_certain(name: str, revision: str | None) -> bool:
 
 
 def _no_folder(name: str) -> str:
+    if name in PUBLISHED:
+        return f"there is no folder {name}, and here a model is named by its repository: {PUBLISHED[name].model}"
     return f"there is no folder {name}, and it is none of the known names ({KNOWN_NAMES}): correct it"
 
 

@@ -4,9 +4,9 @@ with KronosClient("http://127.0.0.1:8000") as client:
     answer = client.forecast(timestamps=times, close=close, open=open_, high=high, low=low, horizon=24, samples=30)
     print(answer["series"][0]["summary"])
 
-A request is sent again when the service is full, not ready, or its connection breaks, as long as the time limit allows:
-forecasts change nothing, and the seed is fixed before the first try, so that every try has the same answer. A stream
-that has begun is not sent again.
+A request is sent again when the service is full, not ready, or its connection breaks, and when a proxy lost it or does
+not know the service yet, as long as the time limit allows: forecasts change nothing, and the seed is fixed before the
+first try, so that every try has the same answer. A stream that has begun is not sent again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ ARROW = "application/vnd.apache.arrow.stream"
 _SERIES_FIELDS = ("timestamps", "open", "high", "low", "close", "volume", "amount", "future_timestamps")
 _AGAIN = (429, 503)
 """Statuses that mean: not now."""
+_RAYS_404 = "/-/routes for available routes"
 _PAUSE_S = 0.5
 """Before the second try, where the service names no time; doubled for each one after."""
 _RESTART_S = 6.0
@@ -249,8 +250,8 @@ class _Response:
             except KronosResponseError as refusal:
                 error: KronosError = refusal
                 pause = refusal.retry_after_s or pause
-                # In other words than the service's own: a proxy lost it (5xx), or has only just started (404).
-                lost = refusal.foreign and (refusal.status >= 500 or refusal.status == 404)
+                # In other words than the service's own: a proxy lost it, or Ray's has started and knows no routes yet.
+                lost = refusal.foreign and (refusal.status >= 500 or _RAYS_404 in str(refusal))
                 final = refusal.status not in _AGAIN and not lost
             except httpx.TransportError as broken:
                 error = KronosConnectionError(f"{self._what}: {type(broken).__name__}: {broken}")

@@ -3,7 +3,7 @@
 Any client may send headers that Ray reads as orders: to drop its time limit, to go on computing for one that has left,
 to prefer a replica. The ingress keeps its own deadlines and watches the connection itself, so none does harm; here they
 end at the door. An X-Request-ID that we would not take goes too, because Ray sends back whatever it was given, and so
-does a trace context that is not ASCII, because Ray would answer 500 to what it cannot decode. A request that comes
+does a trace context that is not ASCII, because Ray would answer 500 to what it cannot decode. What asks for a forecast
 before a new proxy has heard of any application waits for that here. And where the service is full, serve_app.door
 refuses.
 
@@ -21,6 +21,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.door import LoadShedding
+from serve_app.metrics import FORECAST_ROUTES
 from serve_app.middleware import REFUSED_AT_DOOR, usable_request_id
 
 CALLBACK_VARIABLE, CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve_app.proxy:middlewares"
@@ -36,10 +37,10 @@ DROPPED = frozenset(
 """In Ray's eyes "_" is the same as "-" in some of them."""
 TRACE_CONTEXT = frozenset({b"traceparent", b"tracestate"})
 STARTING_S = 10.0
-"""So long after its start a proxy's 404 may mean that it does not know its routes yet."""
+"""So long after its start at most a proxy may not know its routes yet."""
 POLL_S = 0.05
-RAYS_404 = b"/-/routes for available routes"
-"""Of the text with which Ray says that no application is at a path."""
+ROUTES = "/-/routes"
+"""Where Ray says 200 once a proxy knows an application, and 503 before."""
 
 
 class ClientHeaders:
@@ -66,47 +67,48 @@ def _passes(name: bytes, value: bytes, keep_id: bool) -> bool:
 
 
 class RoutesAwaited:
-    """Holds requests until a proxy that has just started knows an application.
+    """Holds forecasts until a proxy that has just started knows an application.
 
     Ray's proxy listens before it is told of any, and says 404 to everything meanwhile: after a proxy is lost, for a
-    moment, to clients whose path is right.
+    moment, to clients whose path is right. Probes are not held; they ask what there is now.
     """
 
     def __init__(self, app: ASGIApp, clock: Callable[[], float] = time.monotonic) -> None:
         self.app = app
         self._clock = clock
         self._ends = clock() + STARTING_S
-        self._known = False
+        self._over = False
+        self._asking: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Ray answers what is below /-/ itself, with or without applications.
-        if self._known or scope["type"] != "http" or scope["path"].startswith("/-/"):
-            await self.app(scope, receive, send)
-            return
-        while not await self._answered(scope, receive, send):
-            await asyncio.sleep(POLL_S)
+        if not self._over and scope["type"] == "http" and scope["path"].endswith(tuple(FORECAST_ROUTES)):
+            if self._asking is None:
+                # One asks for all who wait.
+                self._asking = asyncio.ensure_future(self._until_known(scope))
+            await asyncio.shield(self._asking)
+        await self.app(scope, receive, send)
 
-    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> bool:
-        """One try. False if it came too early: nothing was read of the request then, and nothing is sent."""
-        held: list[Message] = []
-        early = False
+    async def _until_known(self, scope: Scope) -> None:
+        """scope: of any request."""
+        try:
+            while self._clock() < self._ends and await self._status_of_routes(scope) != 200:
+                await asyncio.sleep(POLL_S)
+        finally:
+            self._over = True
 
-        async def judging(message: Message) -> None:
-            nonlocal early
-            if message["type"] == "http.response.start" and message["status"] == 404 and self._clock() < self._ends:
-                held.append(message)
-                return
-            early = early or (bool(held) and RAYS_404 in message.get("body", b""))
-            if early:
-                return
-            self._known = True
-            for start in held:
-                await send(start)
-            held.clear()
-            await send(message)
+    async def _status_of_routes(self, scope: Scope) -> int:
+        status = 0
 
-        await self.app(dict(scope), receive, judging)
-        return not early
+        async def nothing() -> Message:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def listening(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+
+        asking = {"method": "GET", "path": ROUTES, "raw_path": ROUTES.encode(), "query_string": b"", "headers": []}
+        await self.app({**scope, **asking, "root_path": "", "state": {}}, nothing, listening)
+        return status
 
 
 def middlewares() -> list[Middleware]:

@@ -84,6 +84,13 @@ def test_what_is_written_reads_back_to_the_last_bit(answer):
     assert json.loads(encode(answer)) == answer
 
 
+def test_an_answer_is_one_line_to_every_reader():
+    """httpx, for one, ends a line of a stream at each of these."""
+    written = encode({"id": "a\u2028b\u2029c\x85d\n"})
+    assert len(written.decode().splitlines()) == 1
+    assert json.loads(written) == {"id": "a\u2028b\u2029c\x85d\n"}
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_json_cannot_say_is_never_sent(bad):
     with pytest.raises(ValueError, match="not JSON compliant"):

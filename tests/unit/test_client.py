@@ -196,7 +196,10 @@ def test_when_there_is_no_other_try(waits, answers, options, columns):
     assert len(bodies) == len(answers)
 
 
-@pytest.mark.parametrize("words", [(500, "Internal Server Error"), (404, "Path '/v1/forecast' not found.")])
+RAYS_404 = "Path '/v1/forecast' not found. Ping http://.../-/routes for available routes."
+
+
+@pytest.mark.parametrize("words", [(500, "Internal Server Error"), (404, RAYS_404)])
 def test_what_a_lost_proxy_answers_is_asked_again(waits, columns, words):
     """Its words, an answer that breaks off, and a connection that is refused for some seconds."""
     answers = [httpx.ConnectError("refused")] * 4 + [

@@ -394,6 +394,24 @@ def test_an_earlier_report_is_replaced_only_on_request_and_as_a_whole(tmp_path, 
     assert {path.name for path in out.rglob("*")} == {*report.FILES, "notes.txt"}
 
 
+def test_a_report_that_came_meanwhile_is_left_alone(tmp_path, bundle, capsys, monkeypatch):
+    frame_from_bars(random_walks(1, 120)).to_csv(tmp_path / "bars.csv", index=False)
+    out = tmp_path / "out"
+
+    def slowly(*given, **options):
+        found = evaluate(*given, **options)
+        (out / "report.json").parent.mkdir(exist_ok=True)
+        (out / "report.json").write_text("somebody else's")
+        return found
+
+    monkeypatch.setattr(command, "evaluate", slowly)
+    assert command.main(arguments(bundle, tmp_path / "bars.csv", out)) == 0
+    assert (out / "report.json").read_text() == "somebody else's"
+    (own,) = out.glob("report-*")
+    assert {path.name for path in own.iterdir()} == set(report.FILES)
+    assert f"this one is in {own}" in capsys.readouterr().err
+
+
 def test_a_bundle_is_calibrated_on_the_bars_that_are_named(tmp_path, golden, capsys):
     """fit → calibration.json in the bundle → an evaluation that reports both coverages."""
     for part in ("model", "tokenizer"):

@@ -54,6 +54,7 @@ def with_bad(value, row):
         (candles(open=["1"] * N), X, Y, "not_a_number", "open", None),
         (candles(open=[True] * N), X, Y, "not_a_number", "open", None),
         (pd.concat([candles(), candles()[["open"]]], axis=1), X, Y, "duplicate_column", "open", None),
+        (pd.concat({"AAPL": candles()}, axis=1).swaplevel(axis=1), X, Y, "column_levels", None, None),
         (candles(), X[:-1], Y, "length_mismatch", "x_timestamp", None),
         (candles(), X[::-1], Y, "unsorted_times", "x_timestamp", 1),
         (candles(), X.where(X.index != 4, X[3]), Y, "duplicate_times", "x_timestamp", 4),

@@ -1,9 +1,9 @@
-"""A proxy that has just started: what comes before it knows an application waits, and nothing of it is lost."""
+"""A proxy that has just started: what asks for a forecast before it knows an application waits, and loses nothing."""
 
 import asyncio
+import time
 
 import httpx
-import pytest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
 
@@ -11,24 +11,22 @@ from serve_app.proxy import POLL_S, STARTING_S, RoutesAwaited
 
 
 class RaysProxy:
-    """Says 404 in Ray's words so many times, then hands over to an application at /kronos that has a 404 of its own."""
+    """Knows no routes until its routes have been asked for so many times; then an application at /kronos echoes."""
 
     def __init__(self, ignorant_for):
         self.left = ignorant_for
-        self.asked = 0
+        self.asked = []
 
     async def __call__(self, scope, receive, send):
-        self.asked += 1
-        self.left -= 1
         path = scope["path"]
+        self.asked.append(path)
         if path == "/-/routes":
-            answer = JSONResponse({})
+            self.left -= 1
+            answer = JSONResponse({}, 200 if self.left < 0 else 503)
         elif self.left >= 0 or not path.startswith("/kronos"):
             answer = PlainTextResponse(f"Path '{path}' not found. Ping http://.../-/routes for available routes.", 404)
-        elif path == "/kronos/v1/nothing":
-            answer = JSONResponse({"error": {"code": "unknown_route"}}, 404)
         else:
-            answer = PlainTextResponse(await Request(scope, receive).body())
+            answer = PlainTextResponse(await Request(scope, receive).body(), headers={"method": scope["method"]})
         await answer(scope, receive, send)
 
 
@@ -39,39 +37,43 @@ class Clock:
         return self.now
 
 
+async def posting(app, *paths):
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+        return await asyncio.gather(*(client.post(path, content=path.encode()) for path in paths))
+
+
 def ask(app, *paths):
-    async def asking():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
-            return [await client.post(path, content=b"body") for path in paths]
-
-    return asyncio.run(asking())
+    return asyncio.run(posting(app, *paths))
 
 
-def test_a_request_waits_until_the_routes_are_there():
+FORECAST = "/kronos/v1/forecast"
+
+
+def test_forecasts_wait_for_the_routes_and_one_asks_for_all():
     proxy = RaysProxy(ignorant_for=3)
-    (answer,) = ask(RoutesAwaited(proxy), "/kronos/v1/forecast")
-    assert (answer.status_code, answer.content, proxy.asked) == (200, b"body", 4)
+    answers = ask(RoutesAwaited(proxy), *[FORECAST] * 50)
+    assert [(answer.status_code, answer.text, answer.headers["method"]) for answer in answers] == [
+        (200, FORECAST, "POST")
+    ] * 50
+    assert proxy.asked == ["/-/routes"] * 4 + [FORECAST] * 50
 
 
-def test_a_path_that_nobody_has_is_told_at_once_when_the_routes_are_there():
+def test_afterwards_nobody_asks_again():
     proxy = RaysProxy(ignorant_for=0)
-    known, other, own = ask(RoutesAwaited(proxy), "/kronos/v1/forecast", "/elsewhere", "/kronos/v1/nothing")
-    assert (known.status_code, other.status_code, own.status_code, proxy.asked) == (200, 404, 404, 3)
-    assert "/elsewhere" in other.text
-    assert own.json()["error"]["code"] == "unknown_route"
+    app = RoutesAwaited(proxy)
 
+    async def asking():
+        return [(await posting(app, path))[0].status_code for path in (FORECAST, FORECAST, "/elsewhere/v1/forecast")]
 
-def test_a_404_of_the_application_is_an_answer():
-    (answer,) = ask(RoutesAwaited(RaysProxy(ignorant_for=0)), "/kronos/v1/nothing")
-    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_route")
+    assert asyncio.run(asking()) == [200, 200, 404]
+    assert proxy.asked == ["/-/routes", FORECAST, FORECAST, "/elsewhere/v1/forecast"]
 
 
 def test_the_wait_has_an_end():
     proxy, clock = RaysProxy(ignorant_for=10**9), Clock()
-    app = RoutesAwaited(proxy, clock)
 
     async def asking():
-        waiting = asyncio.ensure_future(asyncio.to_thread(ask, app, "/kronos/v1/forecast"))
+        waiting = asyncio.ensure_future(posting(RoutesAwaited(proxy, clock), FORECAST))
         await asyncio.sleep(5 * POLL_S)
         assert not waiting.done()
         clock.now = STARTING_S
@@ -81,8 +83,25 @@ def test_the_wait_has_an_end():
     assert (answer.status_code, "not found" in answer.text) == (404, True)
 
 
-@pytest.mark.parametrize("path", ["/-/routes", "/-/healthz"])
-def test_rays_own_paths_are_not_held(path):
+def test_a_client_that_leaves_does_not_stop_the_asking_for_others():
+    proxy = RaysProxy(ignorant_for=4)
+    app = RoutesAwaited(proxy)
+
+    async def asking():
+        impatient = asyncio.ensure_future(posting(app, FORECAST))
+        await asyncio.sleep(POLL_S / 2)
+        patient = asyncio.ensure_future(posting(app, FORECAST))
+        await asyncio.sleep(POLL_S)
+        impatient.cancel()
+        return await patient
+
+    assert asyncio.run(asking())[0].status_code == 200
+
+
+def test_what_asks_what_there_is_now_is_not_held():
     proxy = RaysProxy(ignorant_for=10**9)
-    (answer,) = ask(RoutesAwaited(proxy), path)
-    assert (answer.status_code, proxy.asked) == (200 if path == "/-/routes" else 404, 1)
+    began = time.monotonic()
+    routes, ready = ask(RoutesAwaited(proxy), "/-/routes", "/kronos/v1/readyz")
+    assert (routes.status_code, ready.status_code) == (503, 404)
+    assert sorted(proxy.asked) == ["/-/routes", "/kronos/v1/readyz"]
+    assert time.monotonic() - began < STARTING_S

@@ -108,7 +108,7 @@ def test_a_mistyped_folder_is_said_to_be_missing(asked, name):
         load_checkpoint(named_source(name))
     assert f"there is no folder {name}, and it is none of the known names (bundled, kronos-mini" in str(caught.value)
     assert "no tokenizer is named" not in str(caught.value)
-    assert ("if it is a Hub repository" in str(caught.value)) == (name in ("models/nosuch", "elsewhere/nosuch", "none"))
+    assert ("if it is a Hub repository" in str(caught.value)) == (name in ("models/nosuch", "elsewhere/nosuch"))
     assert asked == []
 
 
@@ -118,6 +118,7 @@ def test_a_mistyped_folder_is_said_to_be_missing(asked, name):
         ("models/nosuch", False),  # the folder models is here
         ("./models/nosuch", False),
         ("a/b/c", False),
+        ("nosuch", False),
         ("elsewhere/nosuch", True),
         ("NeoQuasar/Kronos-small", True),
     ],
