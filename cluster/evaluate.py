@@ -78,8 +78,8 @@ def _refuse_ignored(options: argparse.Namespace) -> None:
         raise InputError("options of the backtest are given without --top-k: say how many symbols to hold")
 
 
-def _earlier_files(folder: Path) -> list[Path]:
-    """What an evaluation has written into the folder before, its backtest included."""
+def _report_files(folder: Path) -> list[Path]:
+    """What an evaluation has written into the folder, its backtest included."""
     traded = [f"{BACKTEST_FOLDER}/{name}" for name in backtest.FILES]
     return [folder / name for name in (*report.FILES, *traded) if (folder / name).exists()]
 
@@ -87,7 +87,7 @@ def _earlier_files(folder: Path) -> list[Path]:
 def _require_free(folder: Path, overwrite: bool) -> None:
     """Raises InputError for a folder that cannot be written to, or holds a report that is not to be replaced."""
     require_writable_folder(folder, "--out")
-    earlier = _earlier_files(folder)
+    earlier = _report_files(folder)
     if earlier and not overwrite:
         raise InputError(
             f"--out {folder} holds an earlier report ({earlier[0].relative_to(folder)}): name another folder, or give "
@@ -103,7 +103,7 @@ def _write(folder: Path, overwrite: bool, found: Evaluation, traded: backtest.Ba
     report.write(fresh, found, traded)
     if traded is not None:
         backtest.write(traded, fresh / BACKTEST_FOLDER)
-    earlier = _earlier_files(folder)
+    earlier = _report_files(folder)
     if earlier and not overwrite:
         print(f"warning: a report has come into {folder} meanwhile: this one is in {fresh}", file=sys.stderr)
         return fresh
@@ -111,11 +111,10 @@ def _write(folder: Path, overwrite: bool, found: Evaluation, traded: backtest.Ba
         file.unlink()
     with suppress(OSError):  # what else is in it is not ours
         (folder / BACKTEST_FOLDER).rmdir()
-    for file in fresh.rglob("*"):
-        if file.is_file():
-            place = folder / file.relative_to(fresh)
-            place.parent.mkdir(exist_ok=True)
-            file.replace(place)
+    for file in _report_files(fresh):
+        place = folder / file.relative_to(fresh)
+        place.parent.mkdir(exist_ok=True)
+        file.replace(place)
     shutil.rmtree(fresh)
     return folder
 
