@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from cluster import backtest
 from cluster.candles.bars import read_bars
-from cluster.evaluation import card_scores, report
+from cluster.evaluation import backtesting, card_scores, report
 from cluster.evaluation.baselines import EXTRAS
 from cluster.evaluation.comparison import Evaluation, evaluate
 from cluster.evaluation.forecasting import ModelChoice
 from cluster.evaluation.ledger import Prices
+from cluster.evaluation.trading_data import prices_of
+from cluster.evaluation.trading_options import add_rule_arguments, rules_given, rules_of
 from cluster.evaluation.walk_forward_options import add_walk_forward_arguments, print_progress, walk_forward_of
 from cluster.files import require_writable_folder
 from model.errors import InputError, KronosError
@@ -45,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--extras", nargs="*", default=[], choices=EXTRAS, help="further baselines")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling; scores are honest at 1 only")
     parser.add_argument("--top-p", type=float, default=1.0, help="of the sampling; scores are honest at 1 only")
-    backtest.add_rule_arguments(parser.add_argument_group("backtest of the predicted returns, with --top-k"))
+    add_rule_arguments(parser.add_argument_group("backtest of the predicted returns, with --top-k"))
     card = parser.add_argument_group("model card of a bundle, instead of a report")
     card_scores.add_arguments(card)
     return parser
@@ -74,13 +75,13 @@ def _refuse_ignored(options: argparse.Namespace) -> None:
         raise InputError("--card, --scores and --candles measure a bundle for its card: leave --data out, or them")
     if options.parent is None and options.parent_tokenizer is not None:
         raise InputError("--parent-tokenizer is given without --parent: name the parent", code="missing_option")
-    if options.top_k is None and backtest.rules_given(options):
+    if options.top_k is None and rules_given(options):
         raise InputError("options of the backtest are given without --top-k: say how many symbols to hold")
 
 
 def _report_files(folder: Path) -> list[Path]:
     """What an evaluation has written into the folder, its backtest included."""
-    traded = [f"{BACKTEST_FOLDER}/{name}" for name in backtest.FILES]
+    traded = [f"{BACKTEST_FOLDER}/{name}" for name in backtesting.FILES]
     return [folder / name for name in (*report.FILES, *traded) if (folder / name).exists()]
 
 
@@ -96,13 +97,13 @@ def _require_free(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _write(folder: Path, overwrite: bool, found: Evaluation, traded: backtest.Backtest | None) -> Path:
+def _write(folder: Path, overwrite: bool, found: Evaluation, traded: backtesting.Backtest | None) -> Path:
     """Puts the report into the folder, in place of an earlier one only once it is whole. Returns where it is."""
     folder.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix="report-", dir=folder))
     report.write(fresh, found, traded)
     if traded is not None:
-        backtest.write(traded, fresh / BACKTEST_FOLDER)
+        backtesting.write(traded, fresh / BACKTEST_FOLDER)
     earlier = _report_files(folder)
     if earlier and not overwrite:
         print(f"warning: a report has come into {folder} meanwhile: this one is in {fresh}", file=sys.stderr)
@@ -121,11 +122,11 @@ def _write(folder: Path, overwrite: bool, found: Evaluation, traded: backtest.Ba
 
 def _run(options: argparse.Namespace) -> None:
     setting = walk_forward_of(options, temperature=options.temperature, top_p=options.top_p)
-    rules = backtest.rules_of(options) if options.top_k is not None else None
+    rules = rules_of(options) if options.top_k is not None else None
     # What cannot be written or traded is said before the forecasts, which may take hours.
     _require_free(options.out, options.overwrite)
     series = read_bars(options.data, time_column=options.time_column, symbol_column=options.symbol_column)
-    prices = backtest.prices_of(series) if rules is not None else []
+    prices = prices_of(series) if rules is not None else []
     if rules is not None:
         Prices.of(prices)
     choice = ModelChoice(options.model, options.tokenizer, options.device, options.threads)
@@ -144,7 +145,7 @@ def _run(options: argparse.Namespace) -> None:
     )
     traded = None
     if rules is not None:
-        traded = backtest.run(prices, found.signals(), rules)
+        traded = backtesting.run(prices, found.signals(), rules)
         found.summary["backtest"] = traded.summary
     written = _write(options.out, options.overwrite, found, traded)
     for warning in found.summary["warnings"]:

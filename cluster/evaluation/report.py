@@ -16,7 +16,7 @@ from cluster.evaluation.charts import COLOURS, bar_chart, line_chart
 from cluster.evaluation.scores import INTERVALS
 
 if TYPE_CHECKING:
-    from cluster.backtest import Backtest
+    from cluster.evaluation.backtesting import Backtest
     from cluster.evaluation.comparison import Evaluation
 
 REPORT_FILE = "report.json"

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from cluster import backtest
-from cluster.backtest import read_prices, read_signals, run
+from cluster.evaluation.backtesting import run
 from cluster.evaluation.ledger import Prices, Rules, SymbolPrices, run_ledger
+from cluster.evaluation.trading_data import read_prices, read_signals
 from model.errors import InputError
 
 DAYS = pd.date_range("2024-07-01", periods=5, freq="D")

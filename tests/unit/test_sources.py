@@ -6,7 +6,6 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from cluster.backtest import read_prices
 from cluster.batching.files import Layout, scan
 from cluster.batching.plan import Unit
 from cluster.batching.symbols import HistoryRules, load_unit
@@ -16,6 +15,7 @@ from cluster.candles.data_config import FileSource, QlibSource, SimulatedSource
 from cluster.candles.qlib import read_qlib
 from cluster.candles.sources import describe_source, read_source
 from cluster.data import load_splits
+from cluster.evaluation.trading_data import read_prices
 from cluster.training.config_file import parse_config
 from model.errors import InputError
 from model.types import COLUMNS
