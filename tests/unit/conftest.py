@@ -1,8 +1,11 @@
-"""The service's routes without Ray: a backend that answers at once, and a client that calls the app in-process."""
+"""The service's routes without Ray: a backend that answers at once, and a client that calls the app in-process.
+And a bundle, as a finetune leaves it.
+"""
 
 import asyncio
 import json
 import logging
+import shutil
 
 import httpx
 import numpy as np
@@ -212,3 +215,21 @@ def log_lines():
     yield found
     logger.removeHandler(keep)
     logger.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def exported(golden, tmp_path_factory):
+    """A bundle made of a finetune. Not to be changed."""
+    from cluster.export import export
+    from tests.tiny_bundles import finetune
+
+    folder = tmp_path_factory.mktemp("exported")
+    export(finetune(golden, folder), folder / "candidates" / "mine")
+    return folder / "candidates" / "mine"
+
+
+@pytest.fixture
+def bundle(exported, tmp_path):
+    """A bundle of one's own: candidates/mine."""
+    shutil.copytree(exported, tmp_path / "candidates" / "mine")
+    return tmp_path / "candidates" / "mine"
