@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from cluster.evaluation.backtesting import run, shown, write
+from cluster.evaluation.backtesting import FILES, run, shown, write
 from cluster.evaluation.trading_data import read_levels, read_prices, read_signals
 from cluster.evaluation.trading_options import add_rule_arguments, rules_of
-from cluster.files import require_writable_folder
+from cluster.files import require_free_folder
 from model.errors import InputError, KronosError
 
 
@@ -33,12 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--benchmark", help="symbol, or column of the prices; default: the equal-weight universe")
     parser.add_argument("--bars-per-year", type=float, help="for annualised figures; default: as the calendar has them")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier backtest in --out")
     add_rule_arguments(parser)
     options = parser.parse_args(arguments)
     try:
         if options.top_k is None:
             raise InputError("--top-k is missing: say how many symbols to hold", code="missing_option")
-        require_writable_folder(options.out, "--out")
+        earlier = [options.out / name for name in FILES if (options.out / name).exists()]
+        require_free_folder(options.out, "--out", earlier, options.overwrite)
         columns = {"time_column": options.time_column, "symbol_column": options.symbol_column}
         series = read_prices(options.prices, **columns)
         found = run(

@@ -24,7 +24,7 @@ from cluster.evaluation.ledger import Prices
 from cluster.evaluation.trading_data import prices_of
 from cluster.evaluation.trading_options import add_rule_arguments, rules_given, rules_of
 from cluster.evaluation.walk_forward_options import add_walk_forward_arguments, print_progress, walk_forward_of
-from cluster.files import require_writable_folder
+from cluster.files import require_free_folder
 from model.errors import InputError, KronosError
 
 BACKTEST_FOLDER = "backtest"
@@ -85,18 +85,6 @@ def _report_files(folder: Path) -> list[Path]:
     return [folder / name for name in (*report.FILES, *traded) if (folder / name).exists()]
 
 
-def _require_free(folder: Path, overwrite: bool) -> None:
-    """Raises InputError for a folder that cannot be written to, or holds a report that is not to be replaced."""
-    require_writable_folder(folder, "--out")
-    earlier = _report_files(folder)
-    if earlier and not overwrite:
-        raise InputError(
-            f"--out {folder} holds an earlier report ({earlier[0].relative_to(folder)}): name another folder, or give "
-            "--overwrite",
-            code="report_exists",
-        )
-
-
 def _write(folder: Path, overwrite: bool, found: Evaluation, traded: backtesting.Backtest | None) -> Path:
     """Puts the report into the folder, in place of an earlier one only once it is whole. Returns where it is."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +112,7 @@ def _run(options: argparse.Namespace) -> None:
     setting = walk_forward_of(options, temperature=options.temperature, top_p=options.top_p)
     rules = rules_of(options) if options.top_k is not None else None
     # What cannot be written or traded is said before the forecasts, which may take hours.
-    _require_free(options.out, options.overwrite)
+    require_free_folder(options.out, "--out", _report_files(options.out), options.overwrite)
     series = read_bars(options.data, time_column=options.time_column, symbol_column=options.symbol_column)
     prices = prices_of(series) if rules is not None else []
     if rules is not None:

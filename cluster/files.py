@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from model.errors import InputError
@@ -33,3 +34,14 @@ def require_writable_folder(folder: Path, option: str) -> None:
     else:
         return
     raise InputError(f"{option} {folder} cannot be written to, because {fault}: name another folder", code="bad_output")
+
+
+def require_free_folder(folder: Path, option: str, earlier: Sequence[Path], overwrite: bool) -> None:
+    """As require_writable_folder; and raises InputError if there are earlier results that are not to be replaced."""
+    require_writable_folder(folder, option)
+    if earlier and not overwrite:
+        raise InputError(
+            f"{option} {folder} holds an earlier report ({earlier[0].relative_to(folder)}): name another folder, or "
+            "give --overwrite",
+            code="report_exists",
+        )

@@ -280,6 +280,12 @@ def test_the_command_writes_and_refuses(tmp_path, capsys):
     assert "http" not in page
     assert len(pd.read_csv(tmp_path / "out/equity.csv")) == 4
     assert pd.read_csv(tmp_path / "out/trades.csv")["side"].tolist() == ["buy"]
+    assert backtest.main(command) == 2
+    assert "holds an earlier report (backtest.json)" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out/backtest.json").read_text()) == summary
+    command.append("--overwrite")
+    assert backtest.main(command) == 0
+    assert json.loads((tmp_path / "out/backtest.json").read_text())["benchmark"] == "equal-weight universe"
     pd.DataFrame({"symbol": ["A"], "when": [DAYS[0]], "signal": [1.0]}).to_csv(tmp_path / "signals.csv", index=False)
     assert backtest.main(command) == 2
     assert "column 'timestamps' is missing" in capsys.readouterr().err
