@@ -25,11 +25,12 @@ from serve_app.draining import Drain
 from serve_app.engine import EngineFactory
 from serve_app.ingress import create_app
 from serve_app.limits import ClientLimits
+from serve_app.listing import deployment_name
 from serve_app.live_config import InvalidUserConfigError, LiveConfig
 from serve_app.logs import configure_logging, log
 from serve_app.metrics import Metrics
 from serve_app.proxy import CALLBACK, CALLBACK_VARIABLE
-from serve_app.routing import RayBackend, deployment_name
+from serve_app.routing import RayBackend
 from serve_app.status import public_settings
 
 MAX_ONGOING = 1000

@@ -17,13 +17,16 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from serve_app.config import AppConfig, AuthConfig, nearest
+from serve_app.config import AppConfig, AuthConfig, GroupsConfig, nearest
 from serve_app.environment import EnvironmentVariableError
 from serve_app.keys import PREDICT, SCOPES, KeyFileError, new_key
+from serve_app.listing import deployment_name
 from serve_app.live_config import InvalidUserConfigError, LiveConfig
-from serve_app.reconfigure import reconfigure
+from serve_app.reconfigure import reconfigure, send_token_if_there_is_one
 
 BUILDER = "serve_app.app:build_app"
+DEPLOYMENTS = ["ingress", *map(deployment_name, GroupsConfig.model_fields)]
+"""Those of an application; it may do without one of the groups."""
 
 
 def check_config(path: str, environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -56,6 +59,7 @@ def check_config(path: str, environ: Mapping[str, str]) -> tuple[list[str], list
     for index, application in enumerate(applications if isinstance(applications, list) else []):
         if not isinstance(application, dict) or application.get("import_path") != BUILDER:
             continue
+        errors += _unknown_deployments(application, ("applications", index, "deployments"))
         place = ("applications", index, "args")
         try:
             live = LiveConfig(AppConfig.model_validate(application.get("args") or {}), environ)
@@ -70,11 +74,24 @@ def check_config(path: str, environ: Mapping[str, str]) -> tuple[list[str], list
     return errors, warnings
 
 
-def _user_configs(application: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Those of its deployments; what has another shape is an error of Serve's schema."""
+def _deployments(application: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """With their indices; what has another shape is an error of Serve's schema."""
     deployments = application.get("deployments")
-    entries = [entry for entry in deployments if isinstance(entry, dict)] if isinstance(deployments, list) else []
-    return [config for entry in entries if isinstance(config := entry.get("user_config"), dict)]
+    entries = enumerate(deployments) if isinstance(deployments, list) else ()
+    return [(index, entry) for index, entry in entries if isinstance(entry, dict)]
+
+
+def _user_configs(application: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [config for _, entry in _deployments(application) if isinstance(config := entry.get("user_config"), dict)]
+
+
+def _unknown_deployments(application: Mapping[str, Any], place: tuple[str | int, ...]) -> list[str]:
+    """Serve takes settings for a deployment that the application does not have, and nothing changes."""
+    return [
+        f"{_dotted((*place, index, 'name'))}: unknown deployment {name!r}{nearest(name, DEPLOYMENTS)}"
+        for index, entry in _deployments(application)
+        if isinstance(name := entry.get("name"), str) and name not in DEPLOYMENTS
+    ]
 
 
 def _auth_errors(auth: AuthConfig, host: str | None) -> list[str]:
@@ -149,6 +166,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _reconfigure(options: argparse.Namespace) -> int:
+    send_token_if_there_is_one()
     if not _checked(options):
         return 1
     with open(options.path, encoding="utf-8") as file:

@@ -9,3 +9,8 @@ REPLICAS: dict[str, dict[str, dict[str, Any]]] = {}
 
 Each inner table is replaced as a whole, so that a reader never sees one half-written.
 """
+
+
+def deployment_name(group: str) -> str:
+    """Of the deployment that runs a replica group."""
+    return f"kronos_{group}"

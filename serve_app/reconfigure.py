@@ -6,7 +6,9 @@ of the file's args and sent as user_config of the application's deployments; the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from serve_app.config import LIVE, AppConfig
@@ -36,16 +38,31 @@ def with_user_config(
     return {**running, "deployments": [*entries, *kept.values()]}
 
 
+def send_token_if_there_is_one() -> None:
+    """A cluster that `make serve` or `serve run` starts asks for the token that Ray then keeps in the home directory.
+
+    Ray's clients send it only if they are told to before Ray is imported; a cluster that asks for none ignores it.
+    """
+    kept = Path.home() / ".ray" / "auth_token"
+    if kept.exists() or "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 def reconfigure(address: str, data: Mapping[str, Any], builder: str) -> list[str]:
     """Sends the live part of a Serve configuration to the cluster whose dashboard is at the address.
 
     data: the edited file. builder: import_path of the applications that it is about; others stay as they run.
-    Returns what it did, a line each. Raises RestartNeededError, ConnectionError, and RuntimeError for what Ray refuses.
+    Returns what it did, a line each. Raises RestartNeededError, ConnectionError, and RuntimeError for what Ray refuses,
+    a wrong token among it.
     """
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+    from ray.exceptions import AuthenticationError
 
-    client = ServeSubmissionClient(address)
-    details = client.get_serve_details()["applications"]
+    try:
+        client = ServeSubmissionClient(address)
+        details = client.get_serve_details()["applications"]
+    except AuthenticationError as error:
+        raise RuntimeError(str(error)) from None
     edited = {app.get("name", "default"): app for app in data["applications"] if app.get("import_path") == builder}
     missing = sorted(edited.keys() - details.keys())
     if missing:

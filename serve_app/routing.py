@@ -19,7 +19,7 @@ from cluster.plan import Plan, gpu_slots, why_no_gpu
 from serve_app.admission import Admission, Booking
 from serve_app.errors import ALL_FULL, FieldError, ServiceError, invalid_fields
 from serve_app.jobs import Answered, Bars, Chunk, DeviceFacts, Done, Failed, Job, Places, ReplicaView, Resume
-from serve_app.listing import REPLICAS
+from serve_app.listing import REPLICAS, deployment_name
 from serve_app.logs import log
 
 POLL_S = 0.05
@@ -28,10 +28,6 @@ LEFT_ALONE_S = 6.0
 """How long a job may be with a group that has no listed replica: one that is being stopped finishes its jobs."""
 LOST = (RayActorError, NodeDiedError, ObjectLostError, DeploymentUnavailableError)
 """Raised when the replica that had the job is gone. A forecast can be asked for again: its seed is in the job."""
-
-
-def deployment_name(group: str) -> str:
-    return f"kronos_{group}"
 
 
 class ReplicaLostError(Exception):

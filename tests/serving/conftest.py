@@ -47,6 +47,8 @@ def free_port():
 def serve_run():
     """(configuration file, port, variables, log) → context: (process of `serve run`, once it is ready).
 
+    A variable of None is taken away.
+
     At its end Ctrl-C stops the process, with status 0 and nobody left who answers.
     """
 
@@ -55,7 +57,7 @@ def serve_run():
         process = subprocess.Popen(
             [str(Path(sys.executable).parent / "serve"), "run", str(path)],
             cwd=ROOT,
-            env={**os.environ, **variables},
+            env={name: value for name, value in {**os.environ, **variables}.items() if value is not None},
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,

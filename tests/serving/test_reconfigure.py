@@ -1,5 +1,6 @@
 """Other models and limits for a running service, by the command that a user gives, under load."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -45,6 +46,8 @@ class Service:
     def __init__(self, port, path, data):
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
         self.path, self.data, self.address = path, data, None
+        # As in a user's shell, where Ray asks for a token and keeps it in the home directory.
+        self.variables = {**VARIABLES, "HOME": str(path.parent / "home"), "RAY_AUTH_MODE": None}
 
     @property
     def args(self):
@@ -56,7 +59,8 @@ class Service:
     def reconfigure(self):
         self.write()
         command = [*COMMAND, str(self.path), "--address", self.address]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        environ = {name: value for name, value in {**os.environ, **self.variables}.items() if value is not None}
+        return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120, check=False)
 
     def model(self, name="m"):
         return next((one for one in self.http.get("/v1/models").json()["models"] if one["id"] == name), None)
@@ -72,6 +76,7 @@ VARIABLES = {"KRONOS_MAX_REQUEST_SIZE_MB": "3", "KRONOS_MAX_CONTEX": "1"}
 def service(golden, free_port, serve_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reconfigure")
     (folder / "root").mkdir()
+    (folder / "home").mkdir()
     port = free_port()
     data = {
         "http_options": {"host": "127.0.0.1", "port": port},
@@ -93,9 +98,20 @@ def service(golden, free_port, serve_run, tmp_path_factory):
     made = Service(port, folder / "serve_config.yaml", data)
     made.write()
     log = folder / "log"
-    with serve_run(made.path, port, VARIABLES, log):
+    with serve_run(made.path, port, made.variables, log):
         made.address = re.search(r"http://[\d.]+:\d+", re.sub(r"\x1b\[\d*m", "", log.read_text()))[0]
         yield made
+
+
+def test_who_has_no_token_is_told_so(service, tmp_path):
+    variables, service.variables = service.variables, {**service.variables, "HOME": str(tmp_path)}
+    try:
+        done = service.reconfigure()
+    finally:
+        service.variables = variables
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: Authentication required")
+    assert "Traceback" not in done.stderr
 
 
 def test_variables_of_the_shell_reach_it(service):

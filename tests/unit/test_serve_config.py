@@ -281,6 +281,14 @@ def test_check_config_survives_any_file(tmp_path, text):
     assert check_config(str(path), {})[0]
 
 
+def test_a_misspelt_deployment_is_named(tmp_path):
+    """Serve would take its settings and change nothing."""
+    path = tmp_path / "serve_config.yaml"
+    path.write_text(f"{CONFIG.read_text()}\n    deployments: [{{name: kronos_gpu}}, {{name: kronos-cpu}}]\n")
+    (error,) = check_config(str(path), {})[0]
+    assert error == "applications.0.deployments.1.name: unknown deployment 'kronos-cpu', did you mean 'kronos_cpu'?"
+
+
 @pytest.mark.parametrize(
     "deployments",
     ["foo", "5", "[x]", "[{name: ingress, user_config: 5}]", "[{name: ingress, user_config: {1: 5}}]"],
