@@ -24,6 +24,9 @@ from serve_app.times import Times, follow_faults
 SEED_SPACE = 2**53
 """Seeds that the server draws: every one is exact in a client that reads JSON numbers as doubles."""
 
+OF_THE_SETTING = frozenset({"unknown_freq", "unknown_calendar", "calendar_unavailable"})
+"""Codes of CalendarError that say nothing of a series."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -161,7 +164,9 @@ def _future(
             require_known(calendar)
     except CalendarError as error:
         remedy = "; or give future_timestamps" if future is None else ""
-        return None, (), [FieldError(_place(loc, series, error.field), error.code, f"{error}{remedy}")]
+        # What is wrong with the request's setting is so for every series; all else is this one's matter.
+        place = _place(loc, series, error.field) if error.code in OF_THE_SETTING else (*loc, error.field)
+        return None, (), [FieldError(place, error.code, f"{error}{remedy}")]
     faults = [_under(future_loc, fault) for fault in follow_faults(series.timestamps, future)]
     return future.local, future.texts, faults
 
@@ -227,7 +232,8 @@ def _checked(prepared: list[Prepared], faults: list[FieldError], loc: Loc, limit
             )
             faults = [FieldError(loc, "cost_over_limit", text)]
     if faults:
-        raise invalid_fields(faults[: MAX_FIELD_ERRORS + 1])
+        # What the request sets for all series is at fault once.
+        raise invalid_fields(list(dict.fromkeys(faults))[: MAX_FIELD_ERRORS + 1])
     return prepared
 
 

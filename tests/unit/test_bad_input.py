@@ -242,6 +242,27 @@ def test_bad_settings_by_request_and_by_series(http, columns, field, value, code
     assert_field(response, ("series", 1, field), code)
 
 
+@pytest.mark.parametrize(
+    ("settings", "times", "field", "code"),
+    [
+        ({}, ["2024-01-02T10:00:00", "2024-01-02T10:01:00", "2024-01-02T10:07:00"], "freq", "freq_ambiguous"),
+        ({"calendar": "XNYS"}, ["2024-01-06T10:00:00", "2024-01-06T10:05:00"], "calendar", "not_on_calendar"),
+    ],
+)
+def test_a_series_whose_times_cannot_go_on_is_named_among_others(http, columns, settings, times, field, code):
+    """The setting is the request's or nobody's, and the fault is that of a series."""
+    good = {**columns(), "timestamps": [f"2024-01-02T{10 + i // 60}:{i % 60:02}:00" for i in range(0, 40, 5)]}
+    bad = {name: column[: len(times)] for name, column in good.items()} | {"timestamps": times}
+    response = http.post("/v1/forecast", {"series": [good, bad, good, bad], **settings})
+    places = [(tuple(fault["loc"]), fault["code"]) for fault in response.json()["error"]["fields"]]
+    assert places == [(("series", 1, field), code), (("series", 3, field), code)]
+
+
+def test_what_the_request_sets_wrongly_is_one_fault(http, columns):
+    response = http.post("/v1/forecast", {"series": [columns()] * 30, "freq": "month"})
+    assert [fault["loc"] for fault in response.json()["error"]["fields"]] == [["freq"]]
+
+
 def test_a_misspelt_calendar_is_refused_beside_explicit_times_too(http, columns):
     good = {**columns(), "future_timestamps": ["2030-01-01T00:00:00+00:00"]}
     assert http.post("/v1/forecast", {"series": [good], "calendar": "XNYS", "freq": "1h"}).status_code == 200
