@@ -1,4 +1,4 @@
-"""A proxy that has just started: what asks for a forecast before it knows an application waits, and loses nothing."""
+"""A proxy that has just started and knows no application: forecasts wait and lose nothing, probes are told."""
 
 import asyncio
 import time
@@ -80,7 +80,8 @@ def test_the_wait_has_an_end():
         return await waiting
 
     (answer,) = asyncio.run(asking())
-    assert (answer.status_code, "not found" in answer.text) == (404, True)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+    assert int(answer.headers["retry-after"]) > 0
 
 
 def test_a_client_that_leaves_does_not_stop_the_asking_for_others():
@@ -98,10 +99,30 @@ def test_a_client_that_leaves_does_not_stop_the_asking_for_others():
     assert asyncio.run(asking())[0].status_code == 200
 
 
+async def getting(app, *paths, method="GET"):
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+        return [await client.request(method, path) for path in paths]
+
+
 def test_what_asks_what_there_is_now_is_not_held():
-    proxy = RaysProxy(ignorant_for=10**9)
+    """It lives and is not ready, whatever Ray's proxy says of a path that it does not know yet."""
+    app = RoutesAwaited(RaysProxy(ignorant_for=10**9))
     began = time.monotonic()
-    routes, ready = ask(RoutesAwaited(proxy), "/-/routes", "/kronos/v1/readyz")
-    assert (routes.status_code, ready.status_code) == (503, 404)
-    assert sorted(proxy.asked) == ["/-/routes", "/kronos/v1/readyz"]
+    paths = ("/-/routes", "/kronos/v1/healthz", "/kronos/v1/readyz", "/kronos/v1/models", "/")
+    routes, health, ready, *others = asyncio.run(getting(app, *paths))
+    assert routes.text == "{}"
+    assert (health.status_code, health.json()) == (200, {"status": "ok"})
+    assert (ready.status_code, ready.json()["status"]) == (503, "loading")
+    for answer in (ready, *others):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+        assert answer.json()["error"]["request_id"] == answer.headers["x-request-id"]
+        assert "retry-after" in answer.headers
+    (head,) = asyncio.run(getting(app, "/kronos/v1/readyz", method="HEAD"))
+    assert (head.status_code, head.content) == (503, b"")
     assert time.monotonic() - began < STARTING_S
+
+
+def test_probes_find_the_application_as_soon_as_it_is_known():
+    app = RoutesAwaited(RaysProxy(ignorant_for=1))
+    before, after = asyncio.run(getting(app, *["/kronos/v1/readyz"] * 2))
+    assert (before.status_code, after.status_code) == (503, 200)
