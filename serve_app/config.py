@@ -256,7 +256,7 @@ class Defaults(Strict):
     pred_len: int = Field(default=24, ge=1)
     temperature: Temperature = 1.0
     top_k: int = Field(default=0, ge=0)
-    top_p: float = Field(default=0.9, gt=0, le=1)
+    top_p: float = Field(default=0.9, ge=0, le=1)
     sample_count: int = Field(default=1, ge=1)
     window: Annotated[str, AfterValidator(_check_window)] = Field(
         default="exact", description="what happens when a forecast outgrows the context: exact, hop:K or fit"

@@ -61,8 +61,8 @@ class Record:
 
 
 def usable_request_id(given: str) -> bool:
-    """True for what may stand in answers and logs: short, printable, without spaces."""
-    return 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable() and " " not in given
+    """True for what may stand in answers and logs: short and printable."""
+    return 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable() and given == given.strip()
 
 
 def request_id_of(headers: Headers) -> str:

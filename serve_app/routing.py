@@ -283,6 +283,8 @@ class RayBackend:
                     raise ReplicaLostError(group)
         finally:
             if not task.done():
+                # Ray ends it with an error of its own, which asyncio would write into the log.
+                task.add_done_callback(_look_at)
                 task.cancel()
 
     def _group_warnings(self, prefer: str | None, used: str) -> tuple[str, ...]:
@@ -305,6 +307,11 @@ def _alive(group: str) -> dict[str, dict[str, Any]]:
 
 async def _result(response: Any) -> Any:
     return await response
+
+
+def _look_at(task: asyncio.Future[Any]) -> None:
+    if not task.cancelled():
+        task.exception()
 
 
 def _start_unary(handle: DeploymentHandle, job: Job, resume: Resume | None) -> tuple[Next, Callable[[], None]]:

@@ -1,11 +1,13 @@
 """Groups, retries and bounded waits of the ingress' backend, over handles that are no Ray's."""
 
 import asyncio
+import gc
 import time
 
 import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import RequestCancelledError
 
 from cluster.plan import Plan, PlannedGroup, Scale
 from model.types import Sampling, Series
@@ -13,7 +15,8 @@ from serve_app import routing
 from serve_app.admission import Admission
 from serve_app.errors import ServiceError
 from serve_app.jobs import Answered, Bars, Chunk, DeviceFacts, Done, Failed, Identity, Job, Resume, Task
-from serve_app.routing import RayBackend, deployment_name
+from serve_app.listing import deployment_name
+from serve_app.routing import RayBackend
 
 FACTS = DeviceFacts("cpu", "cpu", "a processor", "fp32", "exact", False, False, False)
 DONE = Done((), Identity("m", "local", None, "0", 1, 512, "m", "t"), FACTS, "r")
@@ -28,7 +31,7 @@ class Response:
 
     async def __anext__(self):
         if not self.outcome:
-            await asyncio.sleep(60)
+            await self._never()
         item = self.outcome.pop(0)
         if isinstance(item, Exception):
             raise item
@@ -39,10 +42,17 @@ class Response:
 
     async def _wait(self):
         if self.outcome is None:
-            await asyncio.sleep(60)
+            await self._never()
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self.outcome
+
+    async def _never(self):
+        """As Ray does, it ends with an error when whoever waits gives up."""
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise RequestCancelledError("id") from None
 
     def cancel(self):
         self.cancelled = True
@@ -190,13 +200,19 @@ def test_giving_up_cancels_the_call():
     handles = {"cpu": Handle(None)}
     made = backend(handles)
 
-    async def go():
-        async with asyncio.timeout(0.05):
-            await made.forecast(JOB, None)
+    complaints = []
 
-    with pytest.raises(TimeoutError):
-        asyncio.run(go())
+    async def go():
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context["message"]))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await made.forecast(JOB, None)
+        await asyncio.sleep(0)
+        gc.collect()
+
+    asyncio.run(go())
     assert handles["cpu"].responses[0].cancelled
+    assert complaints == []
 
 
 def test_what_a_replica_refuses_becomes_an_error():
