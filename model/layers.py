@@ -6,7 +6,7 @@ of the published checkpoints; renaming one breaks loading.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -158,14 +158,21 @@ class TransformerBlock(nn.Module):
 
 
 def run_blocks(blocks: nn.ModuleList, x: Tensor) -> Tensor:
-    """x [B, T, D] through a stack of blocks, positions counted from 0.
+    """x [B, T, D] through a stack of blocks, positions counted from 0."""
+    for hidden in after_each_block(blocks, x):
+        x = hidden
+    return x
+
+
+def after_each_block(blocks: nn.ModuleList, x: Tensor) -> Iterator[Tensor]:
+    """x [B, T, D] as each block of a stack leaves it, positions counted from 0.
 
     All blocks of a network have equal heads, so one rotary table serves them all.
     """
     if len(blocks) == 0:
-        return x
+        return
     rotary = cast(TransformerBlock, blocks[0]).self_attn.rotary
     tables = rotary.tables(torch.arange(x.shape[1], device=x.device))
     for block in blocks:
         x = block(x, tables)
-    return x
+        yield x

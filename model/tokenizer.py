@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 from torch import Tensor, nn
 
 from model.checkpoint import PretrainedMixin
-from model.layers import TransformerBlock, run_blocks
+from model.layers import TransformerBlock, after_each_block, run_blocks
 from model.quantizer import TokenQuantizer, bits_to_index, index_to_bits
 
 
@@ -75,6 +76,15 @@ class KronosTokenizer(PretrainedMixin, nn.Module):
         """Normalised candles [B, T, d_in] → one index of all bits, or the pair (s1, s2) if half; int64 [B, T]."""
         _, quantized = self._quantize(x)
         return self.tokenizer.tokens(quantized) if half else bits_to_index(quantized)
+
+    def encode_in_shares(self, x: Tensor) -> Generator[None, None, tuple[Tensor, Tensor]]:
+        """encode(x, half=True), which pauses after each block."""
+        hidden = self.embed(x)
+        for after in after_each_block(self.encoder, hidden):
+            hidden = after
+            yield
+        _, quantized = self.tokenizer(self.quant_embed(hidden))
+        return self.tokenizer.tokens(quantized)
 
     def decode(self, x: Any, half: bool = False) -> Tensor:
         """The inverse of encode: int64 [B, T], or the pair (s1, s2) with half=True → candles [B, T, d_in]."""

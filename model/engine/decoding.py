@@ -6,6 +6,8 @@ ones are not there yet, and a large result in shares between which other request
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ DECODE_CHUNK = 64
 """Bars of each path that pass the tokenizer's decoder at once, which bounds the memory of its attention scores."""
 DECODE_SHARE = 2048
 """Rows × bars that pass it between two steps: 8 GFLOP with a published tokenizer."""
+HISTORY_SHARE = 512
+"""Bars of history that pass the tokenizer at once; of a longer one, one of its blocks at a time."""
 
 
 class ResultDecoder:
@@ -32,12 +36,17 @@ class ResultDecoder:
         """tokenizer: packed; plain: as loaded. speed: how much larger than DECODE_SHARE a share is on the device."""
         self._tokenizer, self._plain = tokenizer, plain
         self._max_context, self._share = max_context, DECODE_SHARE * speed
+        self.history_share = HISTORY_SHARE * speed
         self._width = int(plain.embed.out_features)
         self._stack = Stack(tokenizer.decoder, max_context, device)
 
     def in_shares(self, request: Request) -> bool:
         """True if bars are final before the end: the decoder's window, the last max_context bars, holds the horizon."""
         return request.horizon <= self._max_context
+
+    def is_long(self, request: Request) -> bool:
+        """True if the history passes the tokenizer block by block, in shares between which other requests step."""
+        return request.history > self.history_share
 
     def cache_size(self, request: Request) -> int:
         """Elements of fp32 that decode() needs as the lane's decoder_memory."""
@@ -47,6 +56,8 @@ class ResultDecoder:
     def decode(self, lane: Lane) -> np.ndarray:
         """The next share of candles among the bars that are generated, normalised: float32 [S, n, 6]. They are final.
 
+        n is 0 while a long history is still on its way through the decoder.
+
         The decoder's window, the last max_context bars of history and whole horizon, is known from the start. A horizon
         longer than that has no such window; its bars are decoded at the end, and in one piece.
         """
@@ -55,8 +66,14 @@ class ResultDecoder:
             return decode(self._plain, lane.tokens, request.horizon, self._max_context).cpu().numpy()
         start = self._window_start(request)
         if lane.decoder_cache is None:
-            lane.decoder_cache = self._open(lane)
+            shape = self._cache_shape(request)
+            lane.decoder_cache = SequenceCache(lane.decoder_memory[: SequenceCache.size(*shape)], *shape)
+            lane.decoder_opening = self._open(lane, lane.decoder_cache)
         cache = lane.decoder_cache
+        if lane.decoder_opening is not None:
+            if turn(lane.decoder_opening, at_once=not self.is_long(request)):
+                return np.empty((request.rows, 0, len(lane.mean)), np.float32)
+            lane.decoder_opening = None
         # However many wait, a share is the same: its size is part of how the numbers round.
         share = min(DECODE_CHUNK, max(1, self._share // request.rows))
         first = request.history + cache.own_length
@@ -66,17 +83,23 @@ class ResultDecoder:
         cache.own_length += bars.stop - bars.start
         return self._tokenizer.head(hidden).float().cpu().numpy()
 
-    def _open(self, lane: Lane) -> SequenceCache:
-        """The decoder's cache with the history's bars in it, which all paths share."""
-        request = lane.request
-        start = self._window_start(request)
-        shape = self._cache_shape(request)
-        cache = SequenceCache(lane.decoder_memory[: SequenceCache.size(*shape)], *shape)
-        if start < request.history:
-            x = self._input(lane.tokens[:1, start : request.history])
-            self._stack.run(x, slice(0, request.history - start), cache.attend_history)
-            cache.history_length = request.history - start
-        return cache
+    def _open(self, lane: Lane, cache: SequenceCache) -> Iterator[None]:
+        """Puts the history's bars, which all paths share, into the decoder's cache; pauses after each block."""
+        start, end = self._window_start(lane.request), lane.request.history
+        if start < end:
+            x = self._input(lane.tokens[:1, start:end])
+            for layer in range(self._stack.layers):
+                x = self._stack.run(x, slice(0, end - start), cache.attend_history, slice(layer, layer + 1))
+                yield
+            cache.history_length = end - start
+
+    def restart(self, lane: Lane) -> None:
+        """Takes back what an interrupt may have left half done; bars that were told or kept stay."""
+        if lane.decoder_opening is not None:
+            lane.decoder_cache = lane.decoder_opening = None
+        elif lane.decoder_cache is not None:
+            kept = sum(piece.shape[1] for piece in lane.decoded)
+            lane.decoder_cache.own_length = kept if lane.finished else lane.told
 
     def _window_start(self, request: Request) -> int:
         """First bar of the decoder's window."""
@@ -90,3 +113,8 @@ class ResultDecoder:
     def _input(self, tokens: Tensor) -> Tensor:
         quantized = self._tokenizer.tokenizer.vectors(tokens[..., 0], tokens[..., 1])
         return self._tokenizer.post_quant_embed(quantized)
+
+
+def turn(work: Iterator[None], *, at_once: bool) -> bool:
+    """Does the next share of the work, or all that is left at once; True if there may be more."""
+    return any(not at_once for _ in work)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from asyncio import CancelledError
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -25,6 +26,8 @@ from model.kronos import Kronos
 from model.tokenizer import KronosTokenizer
 
 logger = logging.getLogger(__name__)
+OF_A_CALLBACK = (Exception, GeneratorExit, CancelledError)
+"""Ends the request whose callback raises it. What else there is, KeyboardInterrupt, interrupts the thread."""
 
 
 class Engine:
@@ -42,6 +45,7 @@ class Engine:
         self._books = threading.RLock()
         self._turn = threading.Condition()
         self._driving = False
+        self._driver: int | None = None
         self._live = 0
         self._progressed_at = time.monotonic()
 
@@ -50,8 +54,10 @@ class Engine:
 
         They are each other's companions, unless they name theirs.
 
-        Raises QueueFullError or RequestTooLargeError, and then none of the requests has been taken.
+        Raises QueueFullError or RequestTooLargeError, and then none of the requests has been taken, and RuntimeError in
+        a callback of this engine, which would wait for itself.
         """
+        self._refuse_callbacks()
         companions = object()
         for request in requests:
             # Who reads bars as they come wants the first ones early.
@@ -78,13 +84,17 @@ class Engine:
             self._live += len(requests)
 
     def wait(self, requests: Sequence[Request]) -> None:
-        """Drives the engine, or lets another thread drive it, until all of the requests have ended."""
+        """Drives the engine, or lets another thread drive it, until all of the requests have ended.
+
+        Raises RuntimeError in a callback of this engine.
+        """
+        self._refuse_callbacks()
         while True:
             with self._turn:
                 self._turn.wait_for(lambda: not self._driving or all(r.state.ended for r in requests))
                 if all(request.state.ended for request in requests):
                     return
-                self._driving = True
+                self._driving, self._driver = True, threading.get_ident()
             try:
                 while not all(request.state.ended for request in requests):
                     ended = self.step()
@@ -92,10 +102,31 @@ class Engine:
                     if ended:
                         with self._turn:
                             self._turn.notify_all()
+            except BaseException:
+                # An interrupt of this thread, which may have come in the middle of anybody's step.
+                self._restart()
+                raise
             finally:
                 with self._turn:
-                    self._driving = False
+                    self._driving, self._driver = False, None
                     self._turn.notify_all()
+
+    def _refuse_callbacks(self) -> None:
+        if self._driver == threading.get_ident():
+            raise RuntimeError("a callback cannot wait for the engine that calls it: submit() there, wait() elsewhere")
+
+    def _restart(self) -> None:
+        """Puts all admitted requests back to where their tokens are, and nothing else counts."""
+        with self._books:
+            left = {}
+            for request in self._scheduler.admitted:
+                lane = self._lanes.get(request)
+                if lane is None or lane.encoding is not None:
+                    self._lanes.pop(request, None)
+                    left[request] = request.context_used(self.config.max_context)
+                else:
+                    left[request] = self._runner.restart(lane)
+            self._scheduler.restart(left)
 
     def step(self) -> bool:
         """One turn of the engine; True if a request ended in it."""
@@ -125,16 +156,19 @@ class Engine:
     def _prefill(self, request: Request, chunk: int, *, held_up: bool) -> bool:
         """A request's next share of computing before it can step; True if it failed and so ended.
 
-        held_up: others are waiting for their step. Encoding the history is then a share of its own.
+        held_up: others are waiting for their step. Encoding the history then takes shares of its own.
         """
         try:
-            opened = request not in self._lanes
-            if opened:
+            if request not in self._lanes:
                 self._lanes[request] = self._runner.open(request, self._scheduler.block(request))
-            if not (opened and held_up):
-                left = self._runner.prefill(self._lanes[request], chunk)
-                with self._books:
-                    self._stats.prefill_bars += self._scheduler.prefilled(request, left)
+            lane = self._lanes[request]
+            if lane.encoding is not None:
+                self._runner.encode(lane, at_once=not held_up)
+                if held_up:
+                    return False
+            left = self._runner.prefill(lane, chunk)
+            with self._books:
+                self._stats.prefill_bars += self._scheduler.prefilled(request, left)
         except Exception as error:
             return self._fail(request, error)
         return False
@@ -165,12 +199,16 @@ class Engine:
                 request.on_step(lane.step)
             if request.on_bars is not None and self._runner.results.in_shares(request):
                 self._tell(lane, self._runner.results.decode(lane))
-        except Exception as error:
+        except OF_A_CALLBACK as error:
             return self._fail(request, error)
         if lane.finished:
             # What has been told came through the decoder bar by bar. The result is decoded anew: it has to be, digit
             # for digit, that of a request which was not streamed.
             lane.decoder_cache = None
+            if self._runner.results.is_long(request):
+                with self._books:
+                    self._scheduler.decode_later(request, request.work)
+                return False
             return self._finish(lane)
         if left := self._runner.slide(lane):
             with self._books:
@@ -189,7 +227,7 @@ class Engine:
             request.normalised = np.concatenate(lane.decoded, axis=1)
             if request.on_bars is not None:
                 self._tell(lane, request.normalised[:, lane.told :])
-        except Exception as error:
+        except OF_A_CALLBACK as error:
             return self._fail(request, error)
         request.mean, request.scale = lane.mean, lane.scale
         request.tokens = lane.tokens[:, request.history :].cpu().numpy()
@@ -209,7 +247,7 @@ class Engine:
                 if request.should_stop is not None and request.should_stop():
                     request.error = ForecastCancelledError("the caller stopped the forecast")
                     ended |= self._end(request, State.CANCELLED)
-            except Exception as error:
+            except OF_A_CALLBACK as error:
                 ended |= self._fail(request, error)
         return ended
 

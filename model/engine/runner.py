@@ -6,7 +6,7 @@ R rows of all lanes that step together, S paths of one lane, D model width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.engine.attention import SequenceCache, together
-from model.engine.decoding import ResultDecoder
+from model.engine.decoding import ResultDecoder, turn
 from model.engine.graphs import GraphedSteps, StepInput, place
 from model.engine.kv_cache import Block
 from model.engine.lane import Lane
@@ -115,11 +115,14 @@ class Runner:
 
     @torch.inference_mode()
     def open(self, request: Request, block: Block) -> Lane:
-        """Encodes a request's history and lays out its cache."""
-        x, mean, scale = normalise(request.series.candles, self._config.clip)
-        s1, s2 = self._tokenizer.encode(torch.from_numpy(np.ascontiguousarray(x))[None].to(self._device), half=True)
-        history = torch.stack((s1, s2), dim=-1)
-        tokens = torch.cat((history, history.new_zeros(1, request.horizon, 2)), dim=1).repeat(request.rows, 1, 1)
+        """Checks a request's history and lays out its cache; encode() has to follow. Raises InputError."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            x, mean, scale = normalise(request.series.candles, self._config.clip)
+        if not (np.isfinite(mean).all() and np.isfinite(scale).all()):
+            raise InputError(
+                "the candles are not finite, or so large that a column's deviation is not: check their units",
+                code="not_finite",
+            )
         marks = np.concatenate((request.series.marks, request.series.future_marks))
         if ((marks < 0) | (marks >= MARK_SIZES)).any():
             # On a GPU a look-up past the end of a table would take the process with it, and everybody in it.
@@ -127,9 +130,10 @@ class Runner:
         memory = self._memory.narrow(0, block.offset, block.size)
         seed = request.sampling.seed
         context_used = request.context_used(self._config.max_context)
-        return Lane(
+        bars = request.history + request.horizon
+        lane = Lane(
             request=request,
-            tokens=tokens,
+            tokens=torch.zeros(request.rows, bars, 2, dtype=torch.int64, device=self._device),
             times=self._model.time_emb(torch.from_numpy(marks).to(self._device)[None])[0],
             decoder_memory=memory[len(memory) - self._results_size(request) :].view(torch.float32),
             cache=SequenceCache(
@@ -144,6 +148,19 @@ class Runner:
             shared=context_used,
             noise=None if seed is None else SeededNoise(seed, request.rows, self._vocabulary, self._device),
         )
+        lane.encoding = self._encode(lane, torch.from_numpy(np.ascontiguousarray(x))[None].to(self._device))
+        return lane
+
+    def _encode(self, lane: Lane, x: Tensor) -> Iterator[None]:
+        s1, s2 = yield from self._tokenizer.encode_in_shares(x)
+        lane.tokens[:, : lane.request.history] = torch.stack((s1, s2), dim=-1)
+
+    @torch.inference_mode()
+    def encode(self, lane: Lane, *, at_once: bool) -> None:
+        """Encodes a share of the history, or all of it; lane.encoding is None once all is done."""
+        at_once = at_once or not self.results.is_long(lane.request)
+        if lane.encoding is not None and not turn(lane.encoding, at_once=at_once):
+            lane.encoding = None
 
     @torch.inference_mode()
     def prefill(self, lane: Lane, chunk: int) -> int:
@@ -163,9 +180,19 @@ class Runner:
         if lane.end - lane.start <= limit:
             return 0
         lane.start = lane.end - limit - 1 + lane.request.window.hop
-        # A single path shares its window with nobody, so all of it is computed in one go.
-        lane.shared = max(0, (lane.end if lane.request.rows == 1 else lane.request.history) - lane.start)
-        lane.cache.clear()
+        lane.begin_window()
+        return lane.left
+
+    def restart(self, lane: Lane) -> int:
+        """After an interrupt, which may have left anything half done: all that the tokens decide is computed again.
+
+        Returns the rows × bars that have to be prefilled; 0 if all bars are generated.
+        """
+        self.results.restart(lane)
+        if lane.finished:
+            return 0
+        if not self.slide(lane):
+            lane.begin_window()
         return lane.left
 
     @torch.inference_mode()

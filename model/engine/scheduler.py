@@ -9,7 +9,7 @@ first one's bars, and steps of all their rows cost less.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from model.engine.kv_cache import Arena, Block
@@ -65,7 +65,7 @@ class Scheduler:
 
     @property
     def admitted(self) -> list[Request]:
-        return [*self._prefilling, *self._running]
+        return list(self._blocks)
 
     @property
     def queued_work(self) -> int:
@@ -164,6 +164,13 @@ class Scheduler:
             self._running.remove(request)
         self._prefilling[request] = left
         request.state = State.DECODING
+
+    def restart(self, left: Mapping[Request, int]) -> None:
+        """Takes all admitted requests out of the steps. left: rows × bars that each has to prefill; 0: to decode."""
+        self._running.clear()
+        self._prefilling = {request: count or request.work for request, count in left.items()}
+        for request, count in left.items():
+            request.state = State.PREFILLING if count else State.DECODING
 
     def remove(self, request: Request) -> None:
         """Takes a request out, wherever it is, and frees its cache."""

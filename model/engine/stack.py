@@ -30,12 +30,15 @@ class Stack:
     def layers(self) -> int:
         return len(self._blocks)
 
-    def run(self, x: Tensor, positions: slice | Tensor, attend: AttendLayer) -> Tensor:
-        """x [R, g, D] → [R, g, D]. positions: a slice of g positions for all rows, or with g = 1 an int64 [R]."""
+    def run(self, x: Tensor, positions: slice | Tensor, attend: AttendLayer, layers: slice = slice(None)) -> Tensor:
+        """x [R, g, D] → [R, g, D]. positions: a slice of g positions for all rows, or with g = 1 an int64 [R].
+
+        layers: which of them, for what passes through in several turns.
+        """
         for cos, sin in self._tables:
             tables = (cos[positions], sin[positions])
             if isinstance(positions, Tensor):
                 tables = (tables[0][:, None, None], tables[1][:, None, None])
-            for layer, block in enumerate(self._blocks):
-                x = block(x, tables, partial(attend, layer))
+            for layer in range(self.layers)[layers]:
+                x = self._blocks[layer](x, tables, partial(attend, layer))
         return x

@@ -1,6 +1,7 @@
 """The engine against the plain loop, and against itself: alone or in company, early or late, whole or streamed."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -449,3 +450,37 @@ def test_single_paths_with_as_many_bars_are_computed_as_one_batch(tiny, series_o
     assert set(sizes) == {2, 3}
     for request in requests[:4] + requests[5:]:
         np.testing.assert_array_equal(request.tokens, plain(tiny, request.series, request.sampling, 48)[0])
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_long_history_passes_the_tokenizer_block_by_block_between_the_steps_of_others(tiny, series_of, samples):
+    running, steps, told = engine(tiny), [], []
+    running._runner.results.history_share = 20
+    early = Request(series_of(0, 15, 60), Sampling(seed=1), on_step=steps.append)
+    running.submit([early])
+    while not steps:
+        running.step()
+    blocks, before = len(tiny[1].encoder), len(steps)
+    late = Request(
+        series_of(100, 80, 9), Sampling(samples=samples, seed=2), on_step=lambda step: told.append(len(steps))
+    )
+    running.run([late])
+    assert told[0] - before >= blocks
+    running.wait([early])
+    for request in (early, late):
+        tokens, values = plain(tiny, request.series, request.sampling, 512)
+        np.testing.assert_array_equal(request.tokens, tokens)
+        np.testing.assert_array_less(np.abs(candles(request) - values) / request.scale, 1e-4)
+
+
+def test_candles_that_are_not_finite_are_refused(tiny, series_of):
+    """Also volumes whose deviation is not, in float32: they gave NaN."""
+    for column, value in ((3, np.nan), (0, np.inf), (4, 3e19)):
+        series = series_of(0, 30, 2)
+        spoiled = series.candles.copy()
+        spoiled[7, column] = value
+        bad = Request(replace(series, candles=spoiled), Sampling(seed=0))
+        running = engine(tiny)
+        running.run([bad])
+        assert (bad.state, bad.error.code) == (State.FAILED, "not_finite")
+        running.check_integrity()

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.engine.sampler import RowSettings, race, sample_rows, sample_sorted
+from model.engine import sampler as engine_sampler
+from model.engine.sampler import RowSettings, SeededNoise, race, sample_rows, sample_sorted
 from model.errors import InputError
-from model.sampler import check_sampling, filtered, global_noise, philox, sample, seeded_noise, split_seed
+from model.sampler import check_sampling, filtered, global_noise, philox, philox_noise, sample, seeded_noise, split_seed
 from model.types import Sampling
 
 CPU = torch.device("cpu")
@@ -173,3 +174,21 @@ def test_a_small_nucleus_of_a_flat_distribution_takes_few_rounds(monkeypatch):
     tokens = race(probabilities, noise, torch.zeros(64, 1))
     assert len(rounds) < 50
     assert torch.equal(tokens, argmax(probabilities, -1))
+
+
+@pytest.mark.parametrize(("rows", "step"), [(1, 17), (100, 7), (1500, 3)])
+def test_noise_made_ahead_is_bounded_and_the_same(monkeypatch, rows, step):
+    """However many paths there are: of each row and step made at once, the makers hold a megabyte for a moment."""
+    made = []
+
+    def counted(seed, paths, positions, vocabulary):
+        made.append(len(paths) * len(positions))
+        return philox_noise(seed, paths, positions, vocabulary)
+
+    monkeypatch.setattr(engine_sampler, "philox_noise", counted)
+    ahead = SeededNoise(5, rows, 40, torch.device("cpu"))
+    paths = torch.arange(rows)
+    for head in (0, 1):
+        noise = philox_noise(5, paths, torch.full_like(paths, 2 * step + head), 40)
+        assert torch.equal(ahead.draw(step, head, 40), noise)
+    assert max(made) <= 2 * SeededNoise.ROWS
