@@ -297,6 +297,23 @@ def invalid_candles(candles: np.ndarray) -> np.ndarray:
     return (high < np.maximum(np.maximum(opened, close), low)) | (low > np.minimum(opened, close))
 
 
+def crooked_bars_warning(series: Sequence[SymbolBars]) -> str | None:
+    """What a run's record says of invalid_candles in all its series; None where there is none.
+
+    One sentence for all of them, of the bars themselves: a cache is read without the warnings of its files.
+    """
+    found = [(bars, crooked) for bars in series if (crooked := invalid_candles(bars.candles)).any()]
+    if not found:
+        return None
+    bars, crooked = found[0]
+    count, time = sum(int(flags.sum()) for _, flags in found), bars.times[np.flatnonzero(crooked)[0]]
+    return (
+        f"{count} of {sum(map(len, series))} bars have a high below or a low above another price, in {len(found)} of "
+        f"{len(series)} symbols; the first is of {bars.symbol!r} at {time.astype('datetime64[s]')}; "
+        "python -m cluster.data check lists them"
+    )
+
+
 def frame_from_bars(series: Sequence[SymbolBars]) -> pd.DataFrame:
     """Long format, the inverse of bars_from_frame: symbol, timestamps and the six columns."""
     return pd.concat(
