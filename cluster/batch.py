@@ -222,7 +222,7 @@ def _forecast(
         num_cpus=place.num_cpus,
         num_gpus=place.num_gpus or None,
     )
-    began, shown = time.time(), time.monotonic()
+    began, shown, errors_before = time.time(), time.monotonic(), summary.errors
     for row in data.iter_rows():
         summary.computed += int(row["symbols"])
         summary.symbols += int(row["symbols"])
@@ -242,7 +242,7 @@ def _forecast(
             _say(
                 show,
                 f"{summary.computed}/{total} symbols, {rate:.2f} symbols/s, {left / 60:.1f} min left, "
-                f"{summary.errors} with an error",
+                f"{summary.errors - errors_before} with an error",
             )
 
 

@@ -20,7 +20,6 @@ from cluster.evaluation import backtesting, card_scores, report
 from cluster.evaluation.baselines import EXTRAS
 from cluster.evaluation.comparison import Evaluation, evaluate
 from cluster.evaluation.forecasting import ModelChoice
-from cluster.evaluation.ledger import Prices
 from cluster.evaluation.trading_data import prices_of
 from cluster.evaluation.trading_options import add_rule_arguments, rules_given, rules_of
 from cluster.evaluation.walk_forward_options import add_walk_forward_arguments, print_progress, walk_forward_of
@@ -111,12 +110,10 @@ def _write(folder: Path, overwrite: bool, found: Evaluation, traded: backtesting
 def _run(options: argparse.Namespace) -> None:
     setting = walk_forward_of(options, temperature=options.temperature, top_p=options.top_p)
     rules = rules_of(options) if options.top_k is not None else None
-    # What cannot be written or traded is said before the forecasts, which may take hours.
+    # What cannot be written is said before the forecasts, which may take hours; what cannot be traded is not read.
     require_free_folder(options.out, "--out", _report_files(options.out), options.overwrite)
     series = read_bars(options.data, time_column=options.time_column, symbol_column=options.symbol_column)
     prices = prices_of(series) if rules is not None else []
-    if rules is not None:
-        Prices.of(prices)
     choice = ModelChoice(options.model, options.tokenizer, options.device, options.threads)
     parent = None
     if options.parent is not None:

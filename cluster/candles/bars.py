@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from model.errors import InputError
-from model.frames import candle_array, same_name, time_index, time_marks, with_names
+from model.frames import PRICE_COLUMNS, candle_array, same_name, time_index, time_marks, with_names
 from model.types import COLUMNS
 
 logger = logging.getLogger(__name__)
@@ -171,9 +171,17 @@ def _read_csv(file: Path, symbol_column: str) -> pd.DataFrame:
 
 
 def bars_from_frame(
-    frame: pd.DataFrame, name: str = "frame", *, time_column: str = "timestamps", symbol_column: str = "symbol"
+    frame: pd.DataFrame,
+    name: str = "frame",
+    *,
+    time_column: str = "timestamps",
+    symbol_column: str = "symbol",
+    positive: bool = True,
 ) -> list[SymbolBars]:
-    """A long-format frame as one SymbolBars per symbol, in order of first appearance. Errors as read_bars."""
+    """A long-format frame as one SymbolBars per symbol, in order of first appearance. Errors as read_bars.
+
+    positive: whether a price of 0 or less is refused; false for a caller that uses some of the prices and checks those.
+    """
     frame = with_names(frame, (time_column, symbol_column, *COLUMNS), f"{name}: ")
     if time_column not in frame.columns:
         raise InputError(
@@ -185,7 +193,7 @@ def bars_from_frame(
     if len(frame) == 0:
         raise InputError(f"{name}: there are no rows", code="no_rows")
     if symbol_column not in frame.columns:
-        return [_symbol_bars(frame, np.arange(len(frame)), Path(name).stem, name, time_column)]
+        return [_symbol_bars(frame, np.arange(len(frame)), Path(name).stem, name, time_column, positive)]
     if frame[symbol_column].isna().any():
         row = int(np.flatnonzero(frame[symbol_column].isna())[0])
         raise InputError(
@@ -201,7 +209,7 @@ def bars_from_frame(
     order = np.argsort(codes, kind="stable")
     rows_by_symbol = np.split(order, np.cumsum(np.bincount(codes))[:-1])
     return [
-        _symbol_bars(frame.iloc[rows], rows, str(symbol), f"{name}, symbol {symbol!s}", time_column)
+        _symbol_bars(frame.iloc[rows], rows, str(symbol), f"{name}, symbol {symbol!s}", time_column, positive)
         for symbol, rows in zip(symbols, rows_by_symbol, strict=True)
     ]
 
@@ -224,13 +232,17 @@ def symbol_codes(column: pd.Series) -> tuple[np.ndarray, pd.Index]:
     return codes, pd.Index(symbols)
 
 
-def _symbol_bars(frame: pd.DataFrame, rows: np.ndarray, symbol: str, where: str, time_column: str) -> SymbolBars:
+def _symbol_bars(
+    frame: pd.DataFrame, rows: np.ndarray, symbol: str, where: str, time_column: str, positive: bool
+) -> SymbolBars:
     """rows: where in the file the frame's rows came from."""
     try:
         candles = candle_array(frame)
         # An Index of wall-clock texts has no dtype of its own: pandas parses it once, here.
         index = time_index(frame[time_column], time_column)
         marks = time_marks(index, time_column)
+        if positive:
+            _require_positive(candles, index)
     except InputError as error:
         row = None if error.row is None else int(rows[error.row])
         at = "" if row is None or row == error.row else f" (row {row} of the file)"
@@ -257,6 +269,22 @@ def _symbol_bars(frame: pd.DataFrame, rows: np.ndarray, symbol: str, where: str,
     return SymbolBars(symbol, times.astype("datetime64[ns]"), candles, marks, zone)
 
 
+def _require_positive(candles: np.ndarray, times: pd.DatetimeIndex) -> None:
+    """Raises InputError for the first price that is not above 0: its logarithm and its returns mean nothing."""
+    bad = candles[:, : len(PRICE_COLUMNS)] <= 0
+    if not bad.any():
+        return
+    row, position = (int(i) for i in np.argwhere(bad)[0])
+    column = PRICE_COLUMNS[position]
+    raise InputError(
+        f"column {column!r}, row {row} ({times[row]}) is {candles[row, position]:g}: a price must be above 0, correct "
+        "it or drop the bar",
+        code="not_positive",
+        column=column,
+        row=row,
+    )
+
+
 def out_of_range(times: np.ndarray) -> np.ndarray:
     """bool [...]: the times (datetime64 of any unit) that would become others in nanoseconds; not NaT."""
     years = times.astype("datetime64[Y]").astype(np.int64) + 1970
@@ -267,6 +295,23 @@ def invalid_candles(candles: np.ndarray) -> np.ndarray:
     """bool [...]: True where candles [..., 6] have high < max(open, close, low) or low > min(open, close, high)."""
     opened, high, low, close = (candles[..., i] for i in range(4))
     return (high < np.maximum(np.maximum(opened, close), low)) | (low > np.minimum(opened, close))
+
+
+def crooked_bars_warning(series: Sequence[SymbolBars]) -> str | None:
+    """What a run's record says of invalid_candles in all its series; None where there is none.
+
+    One sentence for all of them, of the bars themselves: a cache is read without the warnings of its files.
+    """
+    found = [(bars, crooked) for bars in series if (crooked := invalid_candles(bars.candles)).any()]
+    if not found:
+        return None
+    bars, crooked = found[0]
+    count, time = sum(int(flags.sum()) for _, flags in found), bars.times[np.flatnonzero(crooked)[0]]
+    return (
+        f"{count} of {sum(map(len, series))} bars have a high below or a low above another price, in {len(found)} of "
+        f"{len(series)} symbols; the first is of {bars.symbol!r} at {time.astype('datetime64[s]')}; "
+        "python -m cluster.data check lists them"
+    )
 
 
 def frame_from_bars(series: Sequence[SymbolBars]) -> pd.DataFrame:

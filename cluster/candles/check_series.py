@@ -135,7 +135,8 @@ class SeriesCheck:
             column = values[:, place]
             for flags, code, text, remedy in (
                 (~_fits_float32(column), "not_finite", "missing or not a finite number", "fill it or drop the bar"),
-                (column <= 0, "not_positive", "a price that is not positive", "correct it or drop the bar")
+                # In the precision that training keeps them in, where a tiny one is 0.
+                (_as_float32(column) <= 0, "not_positive", "a price that is not positive", "correct it or drop the bar")
                 if place <= CLOSE
                 else (column < 0, "negative", f"a negative {name}", "correct it, or write 0"),
             ):
@@ -252,9 +253,13 @@ class SeriesCheck:
 _GAP_REMEDY = "get the bars, or set data.max_gap_bars so that no window straddles them (here: --max-gap-bars)"
 
 
+def _as_float32(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        return values.astype(np.float32)
+
+
 def _fits_float32(values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.isfinite(values.astype(np.float32))
+    return np.isfinite(_as_float32(values))
 
 
 def _missing(count: int) -> str:

@@ -16,15 +16,19 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""What torch takes, and fits into 64 bits wherever it is written."""
+
+
 class SimulatedSource(Strict):
     """Series of cluster.candles.simulate."""
 
     kind: Literal["simulated"]
-    seed: int = 0
+    seed: Seed = 0
     series: int = Field(default=200, ge=1)
     bars: int = Field(default=1000, ge=2, description="bars a series")
     bar_minutes: tuple[int, ...] = (1, 5, 15, 30, 60, 240, 1440)
-    validation_seed: int = 1
+    validation_seed: Seed = 1
     validation_series: int = Field(default=20, ge=1)
 
     @model_validator(mode="after")

@@ -17,9 +17,9 @@ from model.errors import InputError
 from model.registry import sha256_of
 
 CACHE_PARTS = ("times", "candles", "marks")
-CACHE_RULES = 2
+CACHE_RULES = 3
 """Of reading files; raised when the same file is read otherwise: under 1 a column Volume counted as none, and symbols
-that were bytes were called b'A'."""
+that were bytes were called b'A'; under 2 prices might be 0 or less."""
 
 
 def read_source(source: FileSource | QlibSource) -> list[SymbolBars]:

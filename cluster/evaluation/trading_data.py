@@ -27,7 +27,10 @@ def read_prices(
             pair = frame[["open", "close"]].apply(pd.to_numeric, errors="coerce")  # a text is named further down
             outer = {"high": pair.max, "low": pair.min}
             frame = frame.assign(**{name: find(axis=1) for name, find in outer.items() if name not in frame.columns})
-        checked = bars_from_frame(frame, str(file), time_column=time_column, symbol_column=symbol_column)
+        # The ledger names an open or close that is not positive; of high and low it needs neither.
+        checked = bars_from_frame(
+            frame, str(file), time_column=time_column, symbol_column=symbol_column, positive=False
+        )
         known = symbol_column in frame.columns
         groups = dict(iter(frame.groupby(frame[symbol_column].astype(str), sort=False))) if known else {}
         for bars in checked:

@@ -12,10 +12,13 @@ from cluster.candles.bars import SymbolBars
 from model.calibration import usual_bar_seconds
 from model.engine.types import WindowPolicy
 from model.errors import InputError
+from model.frames import PRICE_COLUMNS
 from model.sampler import check_sampling
 from model.types import Sampling
 
 CLOSE = 3
+_SPOILT_HISTORY = "a price of the history is not positive"
+_SPOILT_HORIZON = "a price of the horizon is not positive"
 
 
 @dataclass(frozen=True)
@@ -96,25 +99,25 @@ def pick_windows(series: Sequence[SymbolBars], setting: WalkForward, season: int
     Origins are every K-th time of all symbols of one bar size together, so that symbols are forecast at the same
     moments; one without a bar at that moment is left out there. Raises InputError if no window is left.
     """
-    by_size: dict[int, list[SymbolBars]] = defaultdict(list)
+    by_size: dict[int, list[tuple[SymbolBars, np.ndarray]]] = defaultdict(list)
     left_out: Counter[str] = Counter()
     for bars in series:
         size = usual_bar_seconds(bars.times)
         if size is None:
             left_out["symbols of one bar"] += 1
         else:
-            by_size[size].append(bars)
+            by_size[size].append((bars, _spoilt_before(bars)))
     chosen: list[Window] = []
     for group in by_size.values():
-        calendar = np.unique(np.concatenate([bars.times for bars in group]))
+        calendar = np.unique(np.concatenate([bars.times for bars, _ in group]))
         first = 0 if setting.begins is None else int(np.searchsorted(calendar, setting.begins))
         first = max(first, setting.history)
         stop = len(calendar) if setting.ends is None else int(np.searchsorted(calendar, setting.ends))
         # The origin is the bar before the first forecast one.
         for origin in calendar[first - 1 : stop : setting.every]:
-            for bars in group:
+            for bars, spoilt in group:
                 cut = int(np.searchsorted(bars.times, origin)) + 1
-                reason = _unusable(bars, cut, origin, setting)
+                reason = _unusable(bars, spoilt, cut, origin, setting)
                 if reason is None:
                     chosen.append(Window(bars, cut, season or season_length(bars)))
                 else:
@@ -125,7 +128,19 @@ def pick_windows(series: Sequence[SymbolBars], setting: WalkForward, season: int
     return Windows(chosen, dict(left_out))
 
 
-def _unusable(bars: SymbolBars, cut: int, origin: np.datetime64, setting: WalkForward) -> str | None:
+def _spoilt_before(bars: SymbolBars) -> np.ndarray:
+    """int64 [T + 1]: how many bars before each hold a price that is not positive, so that a window costs a difference.
+
+    Scores and baselines take logarithms, and one such price in a history would spoil them without a word.
+    """
+    spoilt = ~(bars.candles[:, : len(PRICE_COLUMNS)] > 0).all(axis=1)
+    return np.concatenate([[0], np.cumsum(spoilt)])
+
+
+def _unusable(
+    bars: SymbolBars, spoilt: np.ndarray, cut: int, origin: np.datetime64, setting: WalkForward
+) -> str | None:
+    """Why there is no window at the cut, if so. spoilt: of _spoilt_before."""
     if cut > len(bars) or bars.times[cut - 1] != origin:
         return "no bar at the origin"
     last = cut + setting.horizon - 1
@@ -133,12 +148,14 @@ def _unusable(bars: SymbolBars, cut: int, origin: np.datetime64, setting: WalkFo
         return "the horizon leaves the period or the data"
     if cut < setting.history:
         return "too little history before the origin"
+    if spoilt[cut] > spoilt[cut - setting.history]:
+        return _SPOILT_HISTORY
+    if spoilt[last + 1] > spoilt[cut]:
+        return _SPOILT_HORIZON
     closes = bars.candles[cut - setting.history : cut, CLOSE]
     moves = np.diff(closes.astype(np.float64))
     if np.ptp(moves) <= 1e-12 * abs(float(closes[-1])):
         return "the close never moves, or always alike, in the history"
-    if not (bars.candles[cut - 1 : last + 1, CLOSE] > 0).all():
-        return "a price of the horizon is not positive"
     return None
 
 
@@ -146,9 +163,11 @@ def _no_window(series: Sequence[SymbolBars], setting: WalkForward, left_out: Cou
     longest = max(series, key=len)
     reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.most_common())
     period = f"from {setting.begins or 'the start'} to {setting.ends or 'the end'}"
+    spoilt = any(left_out[reason] for reason in (_SPOILT_HISTORY, _SPOILT_HORIZON))
+    repair = "correct or drop the bars whose prices are not positive, " if spoilt else ""
     return (
         f"there is no window in the period {period}: one needs {setting.history} bars of history before it and "
         f"{setting.horizon} in it; the longest series, {longest.symbol!r}, has {len(longest)} bars from "
-        f"{longest.times[0]} to {longest.times[-1]} ({reasons or 'no bar in the period'}); move the period, take a "
-        "shorter history or horizon, or give more bars"
+        f"{longest.times[0]} to {longest.times[-1]} ({reasons or 'no bar in the period'}); {repair}move the period, "
+        "take a shorter history or horizon, or give more bars"
     )

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from cluster.candles.data_config import DataConfig, Strict
+from cluster.candles.data_config import DataConfig, Seed, Strict
 from cluster.redact import redact
 from model.registry import KNOWN_NAMES, Part, brings_tokenizer, network_source
 
@@ -220,7 +220,7 @@ class RunConfig(Strict):
         default_factory=lambda known: known["storage"] / known["name"] / "output",
         description="folder that gets tokenizer/ and model/ at the end; default: output in the run's own folder",
     )
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
 
 class TrainingConfig(Strict):

@@ -17,6 +17,9 @@ from model.errors import InputError
 SOURCE_KINDS = ("simulated", "file", "qlib")
 """Values of data.source.kind. pydantic puts them into the path of a fault, although the file has no such key."""
 
+_MERGE = "tag:yaml.org,2002:merge"
+"""The tag of <<, which brings in another section's keys."""
+
 _NOT_OF_THIS_KIND = {
     "tuple_type": "must be a list, as in [a, b]",
     "model_type": "must be a section of keys and values",
@@ -25,15 +28,43 @@ _NOT_OF_THIS_KIND = {
 """pydantic's kind of fault → what to say instead: who writes YAML knows no tuples and no classes."""
 
 
+class _OneValueAKey(yaml.SafeLoader):
+    """YAML's safe subset; a key that stands twice in a section is an InputError, where PyYAML takes the last value."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        # Not where values are made: by then what << brings lies among the section's own keys, which replace it.
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                continue
+            line, known = key.start_mark.line + 1, (key.tag, key.value)
+            if known in lines:
+                raise InputError(
+                    f"line {line}: the key {key.value!r} stands in line {lines[known]} already: keep one, with what is "
+                    "below both",
+                    code="duplicate_key",
+                )
+            lines[known] = line
+        return node
+
+
+def _parse(text: str) -> Any:
+    """A YAML text. Raises InputError for a doubled key, else YAMLError, or ValueError for a date that is none."""
+    return yaml.load(text, Loader=_OneValueAKey)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Reads a YAML file and applies overrides such as "run.seed=3" (the value is YAML too).
 
-    Raises InputError for what cannot be read, unknown keys (with the nearest known one) and wrong values.
+    Raises InputError for what cannot be read, doubled and unknown keys (with the nearest known one) and wrong values.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = _parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}", code="unreadable_config") from error
+    except InputError as error:
+        raise InputError(f"{path}, {error}", code=error.code) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none, or no UTF-8
         raise InputError(f"{path} is not YAML: {error}", code="unreadable_config") from error
     if not isinstance(raw, dict):
@@ -50,7 +81,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not separator or not all(keys):
         raise InputError(f"override {override!r} must look like section.key=value", code="bad_override")
     try:
-        value = yaml.safe_load(text)
+        value = _parse(text)
+    except InputError as error:
+        raise InputError(f"override {override!r}: {error}", code=error.code) from error
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"override {override!r}: the value is not YAML: {error}", code="bad_override") from error
     place: Any = raw

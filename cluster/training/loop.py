@@ -154,5 +154,5 @@ def _outcome(worker: Worker) -> dict[str, Any]:
         "device": str(worker.device),
         "precision": worker.precision.name,
         "splits": worker.split_moments(),
-        "warnings": [worker.precision.warning] if worker.precision.warning else [],
+        "warnings": worker.warnings(),
     }

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cluster.candles.bars import crooked_bars_warning
 from cluster.data import Batch, SplitBars, WindowSet, WindowStream, fixed_subset, load_splits, split_moments
 from cluster.training.config import Stage, TrainConfig
 from cluster.training.freezing import trained_parameters
@@ -73,6 +74,11 @@ class Worker:
         """Where the data is split by time: validation_from, and test_from or else last_bar; in ISO 8601."""
         begins = [split.begins for split in self._splits.values() if split.begins is not None]
         return split_moments(begins, self._splits["validation"].series)
+
+    def warnings(self) -> list[str]:
+        """What the run's record must say of how it was computed and of its bars."""
+        series = list(self._splits.values())[-1].series  # the last split's windows reach back: it has all bars
+        return [text for text in (self.precision.warning, crooked_bars_warning(series)) if text]
 
     def windows(self, split: str, bars: int) -> WindowSet:
         return self._windows(self._splits[split], bars)

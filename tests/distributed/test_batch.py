@@ -1,6 +1,7 @@
 """Batch forecasts on a real Ray cluster of two CPUs: every symbol's numbers are its own, whatever happens around it."""
 
 import dataclasses
+import re
 import signal
 import subprocess
 import sys
@@ -180,6 +181,13 @@ def test_bad_symbols_cost_their_own_row(undisturbed, cluster, model, tmp_path, c
     # Beside rows without a step, pandas reads the steps as floats.
     same(found[found["error"].isna()].reset_index(drop=True).astype(undisturbed.dtypes), undisturbed)
     assert "8 forecast, 7 with an error" in capsys.readouterr().out
+    # A file that comes later: its run's line of progress is of that run alone.
+    good.to_csv(tmp_path / "bars_of_today.csv", index=False)
+    forecast(tmp_path / "b*", tmp_path / "out", model, actors=1)
+    told = capsys.readouterr()
+    assert re.search(r"^1/1 symbols, .*, 0 with an error$", told.err, re.MULTILINE)
+    assert "16 symbols in" in told.out
+    assert "9 forecast, 7 with an error; 1 of them computed now" in told.out
 
 
 def test_a_second_run_does_nothing_and_other_settings_are_refused(in_parts, model, capsys):

@@ -325,6 +325,20 @@ def test_names_of_columns_may_be_in_any_case_in_prices_and_signals(tmp_path):
         read_signals(tmp_path / "signals.csv")
 
 
+def test_a_price_that_nobody_trades_at_may_be_anything(tmp_path, capsys):
+    """The reader leaves the prices to the ledger, which names an open or close that is not positive."""
+    frame = pd.DataFrame([("A", day, 10.0, 11.0, 9.0, 10.0) for day in DAYS])
+    frame.columns = ["symbol", "timestamps", "open", "high", "low", "close"]
+    frame.assign(low=0.0).to_csv(tmp_path / "prices.csv", index=False)
+    signals_of({0: {"A": 1}}).to_csv(tmp_path / "signals.csv", index=False)
+    command = ["--signals", str(tmp_path / "signals.csv"), "--prices", str(tmp_path / "prices.csv")]
+    command += ["--out", str(tmp_path / "out"), "--top-k", "1"]
+    assert backtest.main(command) == 0
+    frame.assign(close=-1.0).to_csv(tmp_path / "prices.csv", index=False)
+    assert backtest.main([*command, "--overwrite"]) == 2
+    assert "nobody trades at an open or close of -1" in capsys.readouterr().err
+
+
 def test_prices_of_open_and_close_alone_are_not_called_crooked(tmp_path, caplog):
     rows = [("A", day, *pair) for day, pair in zip(DAYS, FIVE_DAYS["A"], strict=True)]
     pd.DataFrame(rows, columns=["symbol", "timestamps", "open", "close"]).to_csv(tmp_path / "prices.csv", index=False)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.candles.bars import SymbolBars, bars_from_frame, frame_from_bars, read_bars
+from cluster.candles.check import check
 from cluster.candles.simulate import simulate
 from cluster.data import (
     SplitBars,
@@ -99,6 +100,9 @@ BAD_FRAMES = {
     "no times": (drop_column("timestamps"), "missing_column", "timestamps", None),
     "NaN": (put(45, "high", np.nan), "not_finite", "high", 45),
     "inf": (put(7, "volume", np.inf), "not_finite", "volume", 7),
+    "zero": (put(4, "open", 0.0), "not_positive", "open", 4),
+    "negative": (put(52, "close", -1.5), "not_positive", "close", 52),
+    "zero in float32": (put(6, "low", 1e-50), "not_positive", "low", 6),
     "NaT": (put(3, "timestamps", pd.NaT), "not_a_time", "timestamps", 3),
     "unsorted": (put(50, "timestamps", pd.Timestamp("2020-01-01")), "unsorted_times", "timestamps", 50),
     "duplicate": (put(51, "timestamps", pd.Timestamp("2024-01-01 10:00")), "duplicate_times", "timestamps", 51),
@@ -118,6 +122,17 @@ def test_bad_input_is_named(tmp_path, name):
     assert (caught.value.code, caught.value.column, caught.value.row) == (code, column, row)
     assert "bad.csv" in str(caught.value)
     assert row is None or row < 40 or "symbol B" in str(caught.value) or code == "missing_symbol"
+    if code == "not_positive":
+        time = pd.Timestamp("2024-01-01") + pd.Timedelta(hours=row % 40)
+        assert f"({time})" in str(caught.value)
+        assert "correct it or drop the bar" in str(caught.value)
+        assert row in [place for fault in check([path]).of_level("fault") if fault.code == code for place in fault.rows]
+
+
+def test_a_volume_of_zero_is_no_fault():
+    """Nor is the amount that is made of it."""
+    (bars,) = bars_from_frame(candle_frame().assign(volume=0.0))
+    assert not bars.candles[:, 4].any()
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,40 @@ def test_a_history_that_never_moves_is_left_out():
     assert picked.left_out["the close never moves, or always alike, in the history"] > 0
 
 
+def test_a_price_that_is_not_positive_costs_the_windows_that_hold_it():
+    """In a history, its logarithm would spoil the baselines without a word, and the verdict with them."""
+    series = random_walks(symbols=2, bars=100)
+    candles = series[1].candles.copy()
+    candles[70, 2] = 0.0  # the low
+    spoilt = replace(series[1], candles=candles)
+    setting = replace(SETTING, every=4)
+    picked = pick_windows([series[0], spoilt], setting)
+    assert picked.left_out["a price of the history is not positive"] > 0
+    assert picked.left_out["a price of the horizon is not positive"] > 0
+    cuts = {bars.symbol: {w.cut for w in picked.chosen if w.bars.symbol == bars.symbol} for bars in series}
+    assert cuts["S1"] == {cut for cut in cuts["S0"] if not cut - 40 <= 70 < cut + 6}
+    assert cuts["S1"]
+    with pytest.raises(InputError, match=r"a price of the history is not positive: \d.*correct or drop the bars"):
+        pick_windows([replace(series[0], candles=-series[0].candles)], setting)
+
+
+@pytest.mark.parametrize("main", [command.main, calibration.main])
+def test_files_with_a_price_that_is_not_positive_are_refused(tmp_path, capsys, bundle, main):
+    """As those with NaN are, which the same reader refuses: it is said where, and nothing is written."""
+    frame = frame_from_bars(random_walks())
+    frame.loc[200, "close"] = -1.0
+    frame.to_csv(tmp_path / "bars.csv", index=False)
+    head = ["fit"] if main is calibration.main else []
+    out = tmp_path / ("out.json" if head else "out")
+    options = ["--model", str(bundle), "--data", str(tmp_path / "bars.csv"), "--history", "40", "--horizon", "6"]
+    assert main([*head, *options, "--out", str(out)]) == 2
+    told = capsys.readouterr().err
+    assert re.search(
+        r"bars\.csv, symbol S1: column 'close', row 50 \(2024-.*\) is -1: .*drop the bar .*row 200 of", told
+    )
+    assert not out.exists()
+
+
 def test_no_window_is_an_error_that_says_what_there_is():
     series = random_walks(bars=45)
     with pytest.raises(
@@ -368,7 +402,7 @@ def test_what_cannot_be_traded_or_written_is_said_before_the_forecasts(tmp_path,
     frame.loc[3, ["open", "low"]] = 0.0
     frame.to_csv(tmp_path / "bars.csv", index=False)
     assert command.main(arguments(bundle, tmp_path / "bars.csv", tmp_path / "out", "--top-k", "1")) == 2
-    assert capsys.readouterr().err.startswith("error: symbol 'S0', 2024")  # no progress came before it
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'bars.csv'}, symbol S0")  # no progress before it
 
 
 def test_an_earlier_report_is_replaced_only_on_request_and_as_a_whole(tmp_path, bundle, capsys, monkeypatch):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from cluster import train as train_module
 from cluster.candles.bars import frame_from_bars
 from cluster.candles.simulate import simulate
+from cluster.data import load_splits
 from cluster.train import main, train
 from cluster.training.config_file import parse_config
 from cluster.training.worker import Worker
@@ -82,6 +83,24 @@ def test_what_a_finetune_leaves_behind(parent, tmp_path, monkeypatch, caplog):
     [adapters] = (tmp_path / "runs/t/predictor").glob("step_*/adapters.safetensors")
     assert len(load_file(adapters)) == 2 * 2 * 2
     assert not list((tmp_path / "runs").rglob("model.safetensors"))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_crooked_candles_are_on_record(parent, tmp_path, cached):
+    """Also where they come from a cache, whose files were read and warned of in another run."""
+    frame = frame_from_bars(simulate(3, 3, 100, bar_minutes=(60,)))
+    frame.loc[130, "high"] = frame.loc[130, "low"] * 0.99
+    frame.to_csv(tmp_path / "bars.csv", index=False)
+    source = {"kind": "file", "path": str(tmp_path / "bars.csv"), "validation_share": 0.4}
+    config = finetune_config(parent, tmp_path, steps=2).model_dump(mode="json", exclude_unset=True)
+    config["data"]["source"] = source | ({"cache": str(tmp_path / "cache")} if cached else {})
+    if cached:
+        load_splits(parse_config(config).data)
+    train(parse_config(config))
+    [told] = json.loads((tmp_path / "out/training.json").read_text())["warnings"]
+    symbol, time = frame.loc[130, ["symbol", "timestamps"]]
+    assert told.startswith("1 of 300 bars have a high below or a low above another price, in 1 of 3 symbols")
+    assert f"of {symbol!r} at {time.isoformat()}" in told
 
 
 def test_a_required_gpu_that_is_absent_ends_the_run(parent, tmp_path, monkeypatch, capsys):

@@ -81,6 +81,10 @@ def raw_config(**changes):
         ({"tokenizer__optimisation__warmup_steps": 2}, r"tokenizer: optimisation\.warmup_steps=2 leaves no step"),
         ({"tokenizer__early_stopping": {}}, r"tokenizer\.early_stopping\.patience: Field required"),
         ({"run__seed": "many"}, r"run\.seed: .* valid integer"),
+        ({"run__seed": 2**63}, r"run\.seed: .* less than or equal to 9223372036854775807"),
+        ({"run__seed": -1}, r"run\.seed: .* greater than or equal to 0"),
+        ({"data__source__seed": 10**20}, r"data\.source\.seed: .* less than or equal to 9223372036854775807"),
+        ({"data__source__validation_seed": -1}, r"data\.source\.validation_seed: .* greater than or equal to 0"),
         ({"run__name": "../x"}, r"run\.name: .* pattern"),
         ({"run": {"name": "../x"}}, r"^configuration: run\.name: [^;]* pattern [^;]*$"),
         ({"data__source__validation_seed": 1}, "must differ from seed"),
@@ -189,6 +193,43 @@ def test_files_that_are_no_configuration(tmp_path, content):
         load_config(path)
     with pytest.raises(InputError, match="No such file"):
         load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("run: {name: t}\ndata: {}\nrun: {seed: 1}\n", "line 3: the key 'run' stands in line 1 already"),
+        ("run:\n  seed: 1\n  name: t\n  'seed': 2\n", "line 4: the key 'seed' stands in line 2 already"),
+        ("tokenizer:\n  phases:\n  - {steps: 1, steps: 2}\n", "line 3: the key 'steps' stands in line 3 already"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, content, told):
+    """PyYAML takes the last one without a word, and a whole section is lost."""
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match=rf"config\.yaml, {told}: keep one") as caught:
+        load_config(path)
+    assert caught.value.code == "duplicate_key"
+    path.write_text(yaml.safe_dump(raw_config()))
+    with pytest.raises(InputError, match=r"override 'data.source=.*: line 1: the key 'bars' stands in line 1 already"):
+        load_config(path, ["data.source={kind: simulated, bars: 40, bars: 50}"])
+
+
+def test_what_a_merge_key_brings_may_be_replaced(tmp_path):
+    """Also where the section it comes from was merged itself, and lies deeper in the file."""
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "run: {name: t, output: out}\n"
+        "data: {source: {kind: simulated, series: 2, bars: 40}}\n"
+        "tokenizer:\n"
+        "  phases:\n"
+        "  - &first {steps: 2, window: 16, batch_size: 2}\n"
+        "  - &second {<<: *first, steps: 3}\n"
+        "  - {<<: *second, steps: 4, window: 20}\n"
+        "  optimisation: {warmup_steps: 1}\n"
+    )
+    phases = load_config(path).tokenizer.phases
+    assert [(phase.steps, phase.window, phase.batch_size) for phase in phases] == [(2, 16, 2), (3, 16, 2), (4, 20, 2)]
 
 
 def test_the_command_reports_faults_without_a_traceback(tmp_path, capsys):
