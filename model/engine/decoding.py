@@ -68,7 +68,7 @@ class ResultDecoder:
         if lane.decoder_cache is None:
             shape = self._cache_shape(request)
             lane.decoder_cache = SequenceCache(lane.decoder_memory[: SequenceCache.size(*shape)], *shape)
-            lane.decoder_opening = self._open(lane, lane.decoder_cache)
+            lane.decoder_opening = self._open(lane.tokens[:1, start : request.history], lane.decoder_cache)
         cache = lane.decoder_cache
         if lane.decoder_opening is not None:
             if turn(lane.decoder_opening, at_once=not self.is_long(request)):
@@ -83,15 +83,15 @@ class ResultDecoder:
         cache.own_length += bars.stop - bars.start
         return self._tokenizer.head(hidden).float().cpu().numpy()
 
-    def _open(self, lane: Lane, cache: SequenceCache) -> Iterator[None]:
-        """Puts the history's bars, which all paths share, into the decoder's cache; pauses after each block."""
-        start, end = self._window_start(lane.request), lane.request.history
-        if start < end:
-            x = self._input(lane.tokens[:1, start:end])
+    def _open(self, tokens: Tensor, cache: SequenceCache) -> Iterator[None]:
+        """Puts the history's bars, int64 [1, g, 2], which all paths share, into the cache; pauses after each block."""
+        bars = tokens.shape[1]
+        if bars:
+            x = self._input(tokens)
             for layer in range(self._stack.layers):
-                x = self._stack.run(x, slice(0, end - start), cache.attend_history, slice(layer, layer + 1))
+                x = self._stack.run(x, slice(0, bars), cache.attend_history, slice(layer, layer + 1))
                 yield
-            cache.history_length = end - start
+        cache.history_length = bars
 
     def restart(self, lane: Lane) -> None:
         """Takes back what an interrupt may have left half done; bars that were told or kept stay."""

@@ -148,12 +148,15 @@ class Runner:
             shared=context_used,
             noise=None if seed is None else SeededNoise(seed, request.rows, self._vocabulary, self._device),
         )
-        lane.encoding = self._encode(lane, torch.from_numpy(np.ascontiguousarray(x))[None].to(self._device))
+        lane.encoding = self._encode(
+            lane.tokens[:, : request.history], torch.from_numpy(np.ascontiguousarray(x))[None].to(self._device)
+        )
         return lane
 
-    def _encode(self, lane: Lane, x: Tensor) -> Iterator[None]:
+    def _encode(self, tokens: Tensor, x: Tensor) -> Iterator[None]:
+        """Writes the tokens of x [1, T, 6] for all paths, int64 [S, T, 2]; pauses after each block."""
         s1, s2 = yield from self._tokenizer.encode_in_shares(x)
-        lane.tokens[:, : lane.request.history] = torch.stack((s1, s2), dim=-1)
+        tokens[:] = torch.stack((s1, s2), dim=-1)
 
     @torch.inference_mode()
     def encode(self, lane: Lane, *, at_once: bool) -> None:
