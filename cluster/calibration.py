@@ -28,6 +28,7 @@ from cluster.evaluation.forecasting import ModelChoice, forecast_all
 from cluster.evaluation.scores import INTERVALS, covered
 from cluster.evaluation.walk_forward import WalkForward, Window, pick_windows
 from cluster.evaluation.walk_forward_options import add_walk_forward_arguments, print_progress, walk_forward_of
+from cluster.files import require_writable_file
 from model.calibration import (
     CALIBRATION_FILE,
     METHODS,
@@ -284,9 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError("--data is missing: name the files to forecast", code="missing_option")
         choice = ModelChoice(options.model, options.tokenizer, options.device, options.threads)
         path = options.out or _file_in_bundle(choice)
-        if path.is_dir() or not os.access(path.parent, os.W_OK):  # said before the forecasts, which may take hours
-            text = f"{path} cannot be written: name a file in a folder that is there and yours with --out"
-            raise InputError(text, code="bad_output")
+        require_writable_file(path, "--out")
         setting = validation_setting(choice.folder, walk_forward_of(options))
         series = read_bars(options.data, time_column=options.time_column, symbol_column=options.symbol_column)
         windows = pick_windows(series, setting).chosen

@@ -45,3 +45,10 @@ def require_free_folder(folder: Path, option: str, earlier: Sequence[Path], over
             "give --overwrite",
             code="report_exists",
         )
+
+
+def require_writable_file(path: Path, option: str) -> None:
+    """Said before the work. Raises InputError unless a file can be written or replaced in a folder that is there."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        text = f"{path} cannot be written: name a file in a folder that is there and yours with {option}"
+        raise InputError(text, code="bad_output")

@@ -16,13 +16,19 @@ AIMS = "Aims: CRPS at most 1.10 of the random walk's, coverage between 0.65 and 
 
 
 def write_card(path: Path, bundle: Path, numbers: dict[str, Any]) -> None:
-    """numbers: what cluster.evaluate prints. Raises InputError if the bundle has no training.json."""
+    """numbers: what cluster.evaluate prints. Raises InputError as training_of."""
+    training = training_of(bundle)
+    sections = [_head(bundle, training), _how_made(training), _measured(numbers), _limits(training, numbers)]
+    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def training_of(bundle: Path) -> dict[str, Any]:
+    """What the bundle's record says of its training. Raises InputError if there is none."""
     record = bundle / TRAINING_FILE
     if not record.is_file():
         raise InputError(f"{bundle} holds no {TRAINING_FILE}: train it with cluster.train", code="no_such_file")
-    training = json.loads(record.read_text(encoding="utf-8"))
-    sections = [_head(bundle, training), _how_made(training), _measured(numbers), _limits(training, numbers)]
-    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    return found
 
 
 def _head(bundle: Path, training: dict[str, Any]) -> str:

@@ -19,10 +19,11 @@ import torch
 from cluster.candles.bars import SymbolBars, read_bars
 from cluster.candles.simulate import simulate
 from cluster.evaluation.baselines import random_walk
-from cluster.evaluation.card import write_card
+from cluster.evaluation.card import training_of, write_card
 from cluster.evaluation.forecasting import ModelChoice, make_predictor
 from cluster.evaluation.scores import covered, crps_of_normal, crps_of_samples, invalid_share, paired_ratio
 from cluster.evaluation.walk_forward import CLOSE
+from cluster.files import require_writable_file
 from model.errors import InputError
 from model.frames import normalise
 from model.predictor import KronosPredictor
@@ -187,11 +188,18 @@ def run(options: argparse.Namespace) -> int:
     """Measures options.model on simulated and, if there are any, real candles; writes the card."""
     setting = Setting(options.windows, options.history, options.horizon, options.samples, options.seed)
     choice = ModelChoice(options.model, options.tokenizer, options.device, options.threads)
+    # What cannot be read or written is said before the forecasts.
+    for option, path in (("--card", options.card), ("--scores", options.scores)):
+        if path is not None:
+            require_writable_file(path, option)
+    if options.card is not None:
+        training_of(choice.folder)
+    real = None if options.candles is None else read_bars(options.candles)
     _, predictor = make_predictor(choice)
     simulated = simulate(HELD_OUT_SEED, setting.windows, max(2001, setting.history + setting.horizon))
     found = [score(predictor, "simulated, held out", simulated, setting, progress=True)]
-    if options.candles is not None:
-        found.append(score(predictor, "real 5-minute candles", read_bars(options.candles), setting, progress=True))
+    if real is not None:
+        found.append(score(predictor, "real 5-minute candles", real, setting, progress=True))
     else:
         print("no --candles: the real candles are not scored", file=sys.stderr)
     numbers = {"setting": vars(setting), "sets": [_as_dict(scores) for scores in found]}

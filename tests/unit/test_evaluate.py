@@ -14,8 +14,8 @@ from cluster import calibration
 from cluster import evaluate as command
 from cluster.candles.bars import SymbolBars, bars_from_frame, frame_from_bars, read_bars
 from cluster.evaluation import baselines as baseline_module
+from cluster.evaluation import card_scores, report
 from cluster.evaluation import comparison as comparison_module
-from cluster.evaluation import report
 from cluster.evaluation.charts import line_chart
 from cluster.evaluation.comparison import evaluate
 from cluster.evaluation.forecasting import ModelChoice
@@ -487,6 +487,18 @@ def test_a_model_card_is_still_measured(tmp_path, bundle, capsys):
     found = json.loads(numbers.read_text())
     assert [one["name"] for one in found["sets"]] == ["simulated, held out"]
     assert found["sets"][0]["windows"] == 2
+
+
+def test_a_model_card_that_cannot_be_written_is_refused_before_the_forecasts(tmp_path, bundle, capsys, monkeypatch):
+    monkeypatch.setattr(card_scores, "score", None)
+    for options, message in (
+        (["--card", str(tmp_path)], "cannot be written"),
+        (["--scores", str(tmp_path / "no" / "scores.json")], "cannot be written"),
+        (["--card", str(tmp_path / "card.md")], "holds no training.json"),
+        (["--candles", "gone.csv"], "gone.csv"),
+    ):
+        assert command.main(["--bundle", str(bundle), *options]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_missing_files_are_named(tmp_path, capsys):
