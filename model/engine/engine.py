@@ -44,8 +44,7 @@ class Engine:
         self._stats = EngineStats()
         self._books = threading.RLock()
         self._turn = threading.Condition()
-        self._driving = False
-        self._driver: int | None = None
+        self._driver: int | None = None  # the thread that drives the steps
         self._live = 0
         self._progressed_at = time.monotonic()
 
@@ -91,10 +90,10 @@ class Engine:
         self._refuse_callbacks()
         while True:
             with self._turn:
-                self._turn.wait_for(lambda: not self._driving or all(r.state.ended for r in requests))
+                self._turn.wait_for(lambda: self._driver is None or all(r.state.ended for r in requests))
                 if all(request.state.ended for request in requests):
                     return
-                self._driving, self._driver = True, threading.get_ident()
+                self._driver = threading.get_ident()
             try:
                 while not all(request.state.ended for request in requests):
                     ended = self.step()
@@ -108,7 +107,7 @@ class Engine:
                 raise
             finally:
                 with self._turn:
-                    self._driving, self._driver = False, None
+                    self._driver = None
                     self._turn.notify_all()
 
     def _refuse_callbacks(self) -> None:
