@@ -177,8 +177,9 @@ def shown_decimals(values: np.ndarray) -> list[int]:
 
 def columns_json(table: np.ndarray, decimals: Sequence[int]) -> dict[str, list[float]]:
     """[H, 6] → {column: [H]}, rounded."""
-    columns = zip(COLUMNS, table.T, decimals, strict=True)
-    return {name: np.round(column, digits).tolist() for name, column, digits in columns}
+    prices = np.round(table[:, : CLOSE + 1], decimals[CLOSE]).T.tolist()
+    others = [np.round(table[:, column], decimals[column]).tolist() for column in range(CLOSE + 1, len(COLUMNS))]
+    return dict(zip(COLUMNS, prices + others, strict=True))
 
 
 def repair_candles(values: np.ndarray) -> tuple[np.ndarray, int]:

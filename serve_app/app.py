@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.context import _get_global_client  # no public way to the address; serve.status() does not hold it
 from ray.serve.handle import DeploymentHandle
@@ -23,6 +24,7 @@ from serve_app.config import AppConfig, AuthConfig, GroupConfig
 from serve_app.deployment import KronosReplica, MakeFactory
 from serve_app.draining import Drain
 from serve_app.engine import EngineFactory
+from serve_app.errors import ServiceError
 from serve_app.ingress import create_app
 from serve_app.limits import ClientLimits
 from serve_app.listing import deployment_name
@@ -109,7 +111,14 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> Callable[..., Awaitable[None]]:
         async def current(scope: Any, receive: Any, send: Any) -> None:
-            await self._app(scope, receive, send)
+            async def hearing() -> Any:
+                try:
+                    return await receive()
+                except RayActorError:
+                    # Killed, but it may still pass on an answer.
+                    raise ServiceError("no_replica", "the HTTP proxy of this request was lost; ask again") from None
+
+            await self._app(scope, hearing, send)
 
         return current
 

@@ -49,18 +49,25 @@ ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "2",
     # Drops the headers by which a client could give Ray's proxy orders, and refuses there what finds no room.
     CALLBACK_VARIABLE: CALLBACK,
-}
-"""Ray's processes inherit these; what the caller has set wins."""
-FAST_ENVIRONMENT = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # Between proxy, ingress and replicas, in place of actor calls, which cost half as much processor time again.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 2**20),  # of 4 MiB: a large answer would be a 500
+}
+"""Ray's processes inherit these; what the caller has set wins."""
+ONE_LOOP = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+"""The same, but not for this process: what Ray does in an ingress and in a replica shares the event loop with what we
+do, where three threads would hand every request to each other. This process has no loop that a handle could use."""
+FAST_ENVIRONMENT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # of 30 s: draining is ours
     # HAProxy is every connection's other end and passes X-Forwarded-For on as the client wrote it: believed, it
     # would let anybody choose the address that limits count by.
     "FORWARDED_ALLOW_IPS": "",
 }
-"""HAProxy in place of Ray's proxy, gRPC between processes. It opens ports on all interfaces: docs/operations.md."""
+"""HAProxy in place of Ray's proxy. It opens ports on all interfaces: docs/operations.md."""
 
 TRACE_FILES = "ray.serve._private.tracing_utils:default_tracing_exporter"
 """Ray's own exporter, to files beside its logs."""
@@ -153,10 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the process's exit status."""
     options = _parse(arguments)
     configure_logging("INFO")
-    for name, value in _environment(options).items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("RAY_ADDRESS", "local")
-    # From here on Ray may be imported: it reads the variables above when it is.
+    _set_environment(options)
     errors, warnings = check_config(options.path, os.environ)
     errors = errors or port_errors(options.path)
     for text in warnings:
@@ -194,6 +198,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if failure is None else 1
 
 
+def _set_environment(options: argparse.Namespace) -> None:
+    """What this process and Ray's shall find there. Ray reads it when it is imported, so that happens here."""
+    for name, value in _environment(options).items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_ADDRESS", "local")
+    not_here = {name: os.environ.pop(name, value) for name, value in ONE_LOOP.items()}
+    import ray.serve  # noqa: F401
+
+    os.environ.update(not_here)
+
+
 def _environment(options: argparse.Namespace) -> dict[str, str]:
     tracing = {
         "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": options.trace_exporter or TRACE_FILES,
@@ -211,7 +226,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m serve_app.run", description=__doc__.split("\n", 1)[0])
     parser.add_argument("path", nargs="?", default="serve_config.yaml")
     parser.add_argument("--drain-s", type=float, default=DRAIN_S, help="longest wait for requests in flight")
-    parser.add_argument("--fast", action="store_true", help="HAProxy and gRPC, see docs/operations.md")
+    parser.add_argument("--fast", action="store_true", help="HAProxy, see docs/operations.md")
     parser.add_argument("--ray-metrics-port", type=int, help="Ray's own Prometheus metrics; a free port without it")
     parser.add_argument("--trace-ratio", type=_share, default=0.0, help="share of requests traced by OpenTelemetry")
     parser.add_argument("--trace-exporter", type=_importable, help="module:function that returns span processors")

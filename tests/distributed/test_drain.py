@@ -1,5 +1,6 @@
 """`python -m serve_app.run` under SIGINT and SIGTERM: whoever is being answered is answered."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -103,8 +104,9 @@ def test_a_second_signal_does_not_wait(second):
                 wait_for_refusal(probe)
             os.kill(service.process.pid, second)
             assert service.process.wait(14) == 0  # below DRAIN_S: the request would have gone on for 25 s
-            with pytest.raises(httpx.TransportError):
-                running.result()
+            # Unless Ray's proxy dies before it can pass the answer on.
+            with contextlib.suppress(httpx.TransportError):
+                assert running.result().status_code == 503
         assert "requests are cut off" in service.log_path.read_text()
 
 

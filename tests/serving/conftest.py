@@ -9,11 +9,10 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-# Before Ray is imported: as `make serve` starts it.
-os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serve_app.proxy:middlewares"
-
 import httpx
 import pytest
+
+from serve_app.run import ENVIRONMENT, ONE_LOOP
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,10 +87,11 @@ def serve_run():
 
 @pytest.fixture(scope="session")
 def ray_serve(free_port):
-    """(serve module, base URL) of a cluster on this machine with room for a few replicas."""
+    """(serve module, base URL) of a cluster on this machine with room for a few replicas, as `make serve` starts it."""
     import ray
     from ray import serve
 
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **ENVIRONMENT, **ONE_LOOP}
     ray.init(
         address="local",
         num_cpus=8,  # logical: the tests' replicas mostly sleep
@@ -99,7 +99,7 @@ def ray_serve(free_port):
         include_dashboard=False,
         object_store_memory=150 * 2**20,
         log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
+        runtime_env={"env_vars": variables},
     )
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 300})

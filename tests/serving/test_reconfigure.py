@@ -13,6 +13,8 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from serve_app.proxy import CALLBACK, CALLBACK_VARIABLE
+
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "serve_app.cli", "reconfigure"]
 
@@ -69,7 +71,7 @@ class Service:
         return [one["pid"] for one in self.http.get("/v1/replicas").json()["replicas"]]
 
 
-VARIABLES = {"KRONOS_MAX_REQUEST_SIZE_MB": "3", "KRONOS_MAX_CONTEX": "1"}
+VARIABLES = {"KRONOS_MAX_REQUEST_SIZE_MB": "3", "KRONOS_MAX_CONTEX": "1", CALLBACK_VARIABLE: CALLBACK}
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ def test_serve_run_starts_answers_and_stops(golden, free_port, serve_run, tmp_pa
     path = tmp_path / "serve_config.yaml"
     path.write_text(yaml.safe_dump(data))
     variables = {"KRONOS_MODEL_PATH": str(golden), "KRONOS_MAX_REQUEST_SIZE_MB": "3", "KRONOS_MAX_CONTEX": "1"}
-    variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = ""  # as in a shell, and not as `make serve` starts it
     started = time.monotonic()
     with serve_run(path, port, variables, tmp_path / "log"):
         print(f"ready after {time.monotonic() - started:.1f} s")
