@@ -189,6 +189,11 @@ class Limits(Strict):
     """What a client may ask for, and how long anything may take. Published at /v1/info."""
 
     max_request_mb: float = Field(default=32.0, gt=0)
+    max_bodies_mb: float = Field(
+        default=256.0,
+        gt=0,
+        description="bodies of all requests in work, per ingress process; more are a 429, but one alone always fits",
+    )
     max_series: int = Field(default=512, ge=1)
     max_history: int = Field(default=2048, ge=1)
     max_horizon: int = Field(default=512, ge=1)

@@ -119,18 +119,22 @@ class KronosReplica:
     async def wake(self) -> None:
         """Answers once there is a replica: a call that waits is what makes Ray start one."""
 
-    async def forecast(self, job: Job) -> Done | Failed:
-        """Computes a job. Stops within one step when the caller gives up (cancels) or the job's time is over."""
-        return await self._run(job, None)
+    async def forecast(
+        self, job: Job, resume: Resume | None = None, *, bars: bool = False
+    ) -> AsyncIterator[Chunk | Done | Failed]:
+        """Computes a job. Stops within one step when the caller gives up (cancels) or the job's time is over.
 
-    async def forecast_stream(self, job: Job, resume: Resume | None = None) -> AsyncIterator[Chunk | Done | Failed]:
-        """forecast, with bars as soon as they are final before it. resume: go on where a lost replica stopped."""
-        stream = BarStream(len(job.tasks), resume)
+        bars: the job's bars come before its end, as soon as they are final. resume: go on where a lost replica stopped.
+        A stream also of the end alone: of a call with one answer, Ray's router hears with that answer only how busy a
+        replica is, and would send everything to the one that was idle some seconds ago.
+        """
+        stream = BarStream(len(job.tasks), resume) if bars else None
         running = asyncio.ensure_future(self._run(job, stream))
         try:
-            async for chunk in stream.chunks(running):
-                yield chunk
-            yield running.result()
+            if stream is not None:
+                async for chunk in stream.chunks(running):
+                    yield chunk
+            yield await running
         finally:
             running.cancel()
 

@@ -85,7 +85,8 @@ class Forecasting:
             self.backend.refuse_if_crowded()
             media_type, write = formats.writer(request.headers.get("accept", ""))
             read = formats.readers[body_kind(request, tuple(formats.readers))]
-            raw = await read_body(request, int(self.limits.max_request_mb * 2**20), self.limits.body_timeout_s)
+            take = held.enter_context(self.clients.body())
+            raw = await read_body(request, int(self.limits.max_request_mb * 2**20), self.limits.body_timeout_s, take)
             record.request_size_bytes = len(raw)
             asked = await _aside(_is_slow_to_read(raw), read, raw)
             if media_type == ARROW:

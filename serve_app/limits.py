@@ -39,6 +39,7 @@ class ClientLimits:
         self.limits = limits
         self._rates = RateLimiter()
         self._running: Counter[str] = Counter()
+        self._body_bytes = 0
 
     def require_rate(self, client: str, per_minute: int | None = None) -> None:
         """Counts one request of a client; per_minute: its own limit, 0 for none. Raises ServiceError rate_limited."""
@@ -68,3 +69,27 @@ class ClientLimits:
             self._running[client] -= 1
             if not self._running[client]:
                 del self._running[client]
+
+    @contextmanager
+    def body(self) -> Iterator[Callable[[int], None]]:
+        """Yields what counts the bytes of one body as they arrive; they count until the context ends.
+
+        It raises ServiceError queue_full for bytes that would be too many together with those of other requests.
+        """
+        taken = 0
+
+        def take(count: int) -> None:
+            nonlocal taken
+            others = self._body_bytes - taken
+            if others and self._body_bytes + count > self.limits.max_bodies_mb * 2**20:
+                message = (
+                    f"the bodies of the requests in work fill {self.limits.max_bodies_mb:g} MB: send fewer at once"
+                )
+                raise ServiceError("queue_full", message)
+            taken += count
+            self._body_bytes += count
+
+        try:
+            yield take
+        finally:
+            self._body_bytes -= taken

@@ -53,11 +53,6 @@ class _Delivery:
         return chunk.bars
 
 
-Next = Callable[[], Awaitable[Chunk | Done | Failed]]
-Start = Callable[[DeploymentHandle, Job, Resume | None], tuple[Next, Callable[[], None]]]
-"""(handle, job, resume) → (the next thing that the replica sends, cancel)."""
-
-
 class RayBackend:
     """Sends jobs to the replica groups."""
 
@@ -77,10 +72,7 @@ class RayBackend:
         resources: the latest of the cluster's totals; costs nothing.
         """
         # Naming a method starts the handle's router, and with it the listing.
-        self._unary = {name: handle.options(method_name="forecast") for name, handle in handles.items()}
-        self._streaming = {
-            name: handle.options(method_name="forecast_stream", stream=True) for name, handle in handles.items()
-        }
+        self._handles = {name: handle.options(method_name="forecast", stream=True) for name, handle in handles.items()}
         self._wakers = {name: handle.options(method_name="wake") for name, handle in handles.items()}
         self._waking: dict[str, asyncio.Task[None]] = {}
         self._plan = plan
@@ -114,7 +106,7 @@ class RayBackend:
 
     async def forecast(self, job: Job, prefer: str | None) -> Answered:
         """Computes the job on the preferred group, or another one, and says so. Raises ServiceError."""
-        async with contextlib.aclosing(self._deliver(job, prefer, self._unary, _start_unary)) as items:
+        async with contextlib.aclosing(self._deliver(job, prefer, bars=False)) as items:
             async for item in items:
                 if isinstance(item, Answered):
                     return item
@@ -122,13 +114,11 @@ class RayBackend:
 
     async def stream(self, job: Job, prefer: str | None) -> AsyncGenerator[Bars | Answered]:
         """See serve_app.jobs.Backend. Raises ServiceError."""
-        async with contextlib.aclosing(self._deliver(job, prefer, self._streaming, _start_stream)) as items:
+        async with contextlib.aclosing(self._deliver(job, prefer, bars=True)) as items:
             async for item in items:
                 yield item
 
-    async def _deliver(
-        self, job: Job, prefer: str | None, handles: Mapping[str, DeploymentHandle], start: Start
-    ) -> AsyncGenerator[Bars | Answered]:
+    async def _deliver(self, job: Job, prefer: str | None, *, bars: bool) -> AsyncGenerator[Bars | Answered]:
         """Sends the job, once more if its replica is lost, and passes on what comes back."""
         started = time.monotonic()
         delivery = _Delivery([0] * len(job.tasks))
@@ -137,19 +127,19 @@ class RayBackend:
             group = booking.group
             left = job.timeout_s - (time.monotonic() - started)
             result: Done | Failed | None = None
-            send_next, cancel = start(
-                handles[group], replace(job, timeout_s=left, sender=self._sender), delivery.resume()
-            )
+            sent = replace(job, timeout_s=left, sender=self._sender)
+            response: Any = self._handles[group].remote(sent, delivery.resume(), bars=bars)
             try:
-                while True:
-                    item = await self._watched(group, send_next())
+                while result is None:
+                    item = await self._watched(group, response.__anext__())
                     if isinstance(item, Chunk):
-                        for bars in delivery.pass_on(item):
-                            yield bars
-                        continue
-                    result = item
-                    yield Answered(_done(item), group, warnings)
-                    return
+                        for some in delivery.pass_on(item):
+                            yield some
+                    else:
+                        result = item
+                await _read_end(response)
+                yield Answered(_done(result), group, warnings)
+                return
             except (*LOST, ReplicaLostError) as error:
                 self._count_loss(job, group, delivery, error)
             except BackPressureError:
@@ -158,7 +148,7 @@ class RayBackend:
                 self.admission.end(booking, computed=isinstance(result, Done))
                 if result is None:
                     # The deadline passed or the client is gone: the replica hears of it and stops within one step.
-                    cancel()
+                    response.cancel()
 
     def _count_loss(self, job: Job, group: str, delivery: _Delivery, error: Exception) -> None:
         """Raises ServiceError if this was the second time."""
@@ -314,14 +304,10 @@ def _look_at(task: asyncio.Future[Any]) -> None:
         task.exception()
 
 
-def _start_unary(handle: DeploymentHandle, job: Job, resume: Resume | None) -> tuple[Next, Callable[[], None]]:
-    response: Any = handle.remote(job)
-    return (lambda: _result(response)), response.cancel
-
-
-def _start_stream(handle: DeploymentHandle, job: Job, resume: Resume | None) -> tuple[Next, Callable[[], None]]:
-    response: Any = handle.remote(job, resume)
-    return response.__anext__, response.cancel
+async def _read_end(response: Any) -> None:
+    """A call is over for Ray once its end has been read; the result is there, so a replica that is lost now is none."""
+    with contextlib.suppress(StopAsyncIteration, *LOST):
+        await response.__anext__()
 
 
 def _done(result: Done | Failed) -> Done:

@@ -335,7 +335,7 @@ MANY = 50_000
 @pytest.mark.parametrize(
     ("path", "raw", "loc", "code"),
     [
-        ("/v1/predict/batch", '{"items": [' + ",".join(["{}"] * MANY) + "]}", ["items"], "too_many"),
+        ("/v1/predict/batch", '{"items": [' + ",".join(['{"a": 1}'] * MANY) + "]}", ["items"], "too_many"),
         ("/v1/forecast", '{"series": [' + ",".join(["1"] * MANY) + "]}", ["series"], "too_many"),
         ("/v1/forecast", '{"quantiles": [' + ",".join(["2"] * MANY) + "]}", ["quantiles"], "too_many"),
         ("/v1/forecast", "{" + ",".join(f'"{i}": 1' for i in range(MANY)) + "}", ["0"], "unknown_field"),
@@ -358,6 +358,25 @@ def test_a_great_many_mistakes_take_no_memory(http, path, raw, loc, code):
     assert (loc, code) in [(field["loc"], field["code"]) for field in fields]
     assert len(fields) <= 20
     assert peak < 50 * len(raw)
+
+
+def test_brackets_take_no_memory(http):
+    """A list of two bytes takes 56 and a place in another one."""
+    raw = b'{"series": [' + b"[]," * 300_000 + b"[]]}"
+    tracemalloc.start()
+    response = http.post("/v1/forecast", raw=raw)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "malformed_json")
+    assert "list or object" in response.json()["error"]["message"]
+    assert peak < 5 * len(raw)
+
+
+def test_brackets_in_a_text_are_none(http, columns):
+    series = [dict(columns(2), id=f"{i:04d}" + "[{" * 30) for i in range(400)]
+    raw = json.dumps({"series": series, "horizon": 1}).encode()
+    assert raw.count(b"[") + raw.count(b"{") > len(raw) / 8
+    assert http.post("/v1/forecast", raw=raw).status_code == 200
 
 
 def test_answers_echo_little_of_the_input(http, columns):

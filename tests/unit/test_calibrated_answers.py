@@ -33,10 +33,10 @@ class OneReplica:
         pass
 
     async def forecast(self, job, prefer):
-        return Answered(_done(await self.replica.forecast(job)), "cpu")
+        return Answered(_done(await anext(self.replica.forecast(job))), "cpu")
 
     async def stream(self, job, prefer):
-        async for item in self.replica.forecast_stream(job):
+        async for item in self.replica.forecast(job, bars=True):
             if isinstance(item, Chunk):
                 for bars in item.bars:
                     yield bars

@@ -289,6 +289,8 @@ MALFORMED = {
     "duplicate key": b'{"horizon": 1, "horizon": 2}',
     "duplicate key below": b'{"series": [{"id": "a", "id": "a"}]}',
     "many duplicate keys": b"{" + b", ".join([b'"a": 1'] * 50_000) + b"}",
+    "brackets": b'{"series": [' + b"[]," * 50_000 + b"[]]}",
+    "braces, and a text without end": b'{"series": [' + b"{}," * 50_000 + b'"' + b'\\"' * 50_000,
 }
 
 

@@ -73,6 +73,31 @@ def test_concurrent_requests_over_http(fake_backend, columns):
     assert re.search(r"kronos_concurrent_requests 0", text)
 
 
+def test_the_bodies_of_all_requests_in_work_are_limited_together(fake_backend, columns):
+    config = AppConfig(limits={"max_request_mb": 0.5, "max_bodies_mb": 0.25})
+    app = create_app(fake_backend(delay_s=0.5), config)
+    body = json.dumps({"series": [columns()], "horizon": 1}).encode()
+    large = body + b" " * 300_000  # more than all together, and allowed alone
+
+    async def go():
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+
+            def post(content):
+                return client.post("/v1/forecast", content=content, headers={"content-type": "application/json"})
+
+            first = asyncio.create_task(post(large))
+            await asyncio.sleep(0.2)
+            refused = await post(body)
+            return (await first), refused, (await post(large))
+
+    first, refused, after = asyncio.run(go())
+    assert (first.status_code, after.status_code) == (200, 200)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    assert "0.25 MB" in refused.json()["error"]["message"]
+    assert int(refused.headers["retry-after"]) >= 1
+
+
 def test_a_full_service_reads_no_body(fake_backend):
     backend = fake_backend()
     backend.crowded = ServiceError("queue_full", "full")

@@ -124,10 +124,16 @@ def make_job(horizon=2, count=1, model="a", timeout_s=10.0, **sampling):
     return Job("id", model, tasks, timeout_s)
 
 
+async def whole(replica, job):
+    """What a job ends with, where nobody asks for bars before: the only item."""
+    (end,) = [item async for item in replica.forecast(job)]
+    return end
+
+
 def test_a_job():
     replica, factory = make_replica(group={"num_cpus": 2.5})
     assert (factory.threads, factory.loads) == (2, [("a", "load_0")])
-    done = asyncio.run(replica.forecast(make_job(count=3)))
+    done = asyncio.run(whole(replica, make_job(count=3)))
     assert isinstance(done, Done)
     assert [paths.values[0, 0, 0] for paths in done.paths] == [0.0, 1.0, 2.0]
     assert done.identity.id == "a"
@@ -139,7 +145,7 @@ def test_the_event_loop_stays_free_while_a_model_computes_or_loads():
     replica, factory = make_replica(step_s=0.05, load_s=0.3)
 
     async def go():
-        jobs = [asyncio.ensure_future(replica.forecast(make_job(10, model=model))) for model in ("a", "a", "b")]
+        jobs = [asyncio.ensure_future(whole(replica, make_job(10, model=model))) for model in ("a", "a", "b")]
         longest, before = 0.0, time.monotonic()
         while not all(job.done() for job in jobs):
             await asyncio.sleep(0.005)
@@ -157,7 +163,7 @@ def test_at_most_as_many_at_once_as_there_are_workers():
     replica, _ = make_replica(step_s=0.05, group={"workers": 2})
 
     async def go():
-        job = asyncio.ensure_future(replica.forecast(make_job(4, count=6, samples=3)))
+        job = asyncio.ensure_future(whole(replica, make_job(4, count=6, samples=3)))
         await asyncio.sleep(0.1)
         news = await replica.record_routing_stats()
         await job
@@ -173,9 +179,9 @@ def test_a_full_queue_refuses():
     replica, _ = make_replica(step_s=0.05, group={"max_outstanding_work": 10})
 
     async def go():
-        large = asyncio.ensure_future(replica.forecast(make_job(18)))
+        large = asyncio.ensure_future(whole(replica, make_job(18)))
         await asyncio.sleep(0.05)
-        return await replica.forecast(make_job(2)), await large
+        return await whole(replica, make_job(2)), await large
 
     refused, large = asyncio.run(go())
     assert (refused.code, refused.retry_after_s) == ("queue_full", 1.0)
@@ -186,7 +192,7 @@ def test_cancelling_and_deadlines_stop_the_computing_within_a_step():
     replica, factory = make_replica(step_s=0.02, group={"workers": 1})
 
     async def cancel():
-        job = asyncio.ensure_future(replica.forecast(make_job(1000, count=5)))
+        job = asyncio.ensure_future(whole(replica, make_job(1000, count=5)))
         await asyncio.sleep(0.1)
         job.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -199,7 +205,7 @@ def test_cancelling_and_deadlines_stop_the_computing_within_a_step():
     assert now - then <= 1
     assert (news["queued"], news["running_rows"]) == (0, 0)
     started = time.monotonic()
-    result = asyncio.run(replica.forecast(make_job(1000, timeout_s=0.1)))
+    result = asyncio.run(whole(replica, make_job(1000, timeout_s=0.1)))
     assert result == Failed("deadline_passed", "the deadline passed")
     assert time.monotonic() - started < 1.0
 
@@ -208,7 +214,7 @@ def test_a_bad_task_says_which_and_ends_its_job():
     replica, _ = make_replica()
     job = make_job(count=2)
     bad = Task(job.tasks[0].series, Sampling(seed=0, top_k=13))
-    result = asyncio.run(replica.forecast(Job("id", "a", (job.tasks[1], bad), 10.0)))
+    result = asyncio.run(whole(replica, Job("id", "a", (job.tasks[1], bad), 10.0)))
     assert (result.code, result.rule, result.task, result.column, result.row) == (
         "invalid_fields", "unlucky", 1, "close", 4,
     )  # fmt: skip
@@ -219,16 +225,16 @@ def test_what_the_engine_refuses_is_an_answer(top_k, code):
     replica, _ = make_replica()
     job = make_job()
     refused = Task(job.tasks[0].series, Sampling(seed=0, top_k=top_k))
-    assert asyncio.run(replica.forecast(Job("id", "a", (refused,), 10.0))).code == code
+    assert asyncio.run(whole(replica, Job("id", "a", (refused,), 10.0))).code == code
 
 
 def test_a_model_that_cannot_be_found_leaves_the_others_working():
     replica, factory = make_replica(missing={"gone"}, limits={"load_retry_s": 30})
 
     async def go():
-        first = await replica.forecast(make_job(model="gone"))
-        again = await replica.forecast(make_job(model="gone"))
-        other = await replica.forecast(make_job(model="b"))
+        first = await whole(replica, make_job(model="gone"))
+        again = await whole(replica, make_job(model="gone"))
+        other = await whole(replica, make_job(model="b"))
         return first, again, other, (await replica.record_routing_stats())["models"]
 
     first, again, other, models = asyncio.run(go())
@@ -244,9 +250,9 @@ def test_a_model_that_loads_slowly_is_not_waited_for():
     replica, _ = make_replica(load_s=0.4, limits={"load_wait_s": 0.1})
 
     async def go():
-        early = await replica.forecast(make_job(model="b"))
+        early = await whole(replica, make_job(model="b"))
         await asyncio.sleep(0.5)
-        return early, await replica.forecast(make_job(model="b"))
+        return early, await whole(replica, make_job(model="b"))
 
     early, late = asyncio.run(go())
     assert (early.code, early.retry_after_s) == ("model_unavailable", 5.0)
@@ -275,7 +281,7 @@ def collect(replica, job, resume=None):
     """(chunks, the last item) of a stream."""
 
     async def go():
-        items = [item async for item in replica.forecast_stream(job, resume)]
+        items = [item async for item in replica.forecast(job, resume, bars=True)]
         return items[:-1], items[-1]
 
     return asyncio.run(go())
@@ -287,7 +293,7 @@ def test_a_stream_gives_every_bar_once_and_then_the_whole():
 
     async def go():
         items = []
-        async for item in replica.forecast_stream(make_job(8, count=2, samples=3), None):
+        async for item in replica.forecast(make_job(8, count=2, samples=3), bars=True):
             items.append(item)
             taken.set()
         return items
@@ -325,7 +331,7 @@ def test_closing_a_stream_stops_the_computing():
     replica, factory = make_replica(step_s=0.02)
 
     async def go():
-        stream = replica.forecast_stream(make_job(1000))
+        stream = replica.forecast(make_job(1000), bars=True)
         await anext(stream)
         await stream.aclose()
         await asyncio.sleep(0.05)
@@ -343,7 +349,7 @@ def test_work_is_counted_by_who_sent_it():
 
     async def go():
         jobs = [replace(make_job(10, samples=3), sender=sender) for sender in ("x", "y")]
-        running = [asyncio.ensure_future(replica.forecast(job)) for job in jobs]
+        running = [asyncio.ensure_future(whole(replica, job)) for job in jobs]
         await asyncio.sleep(0.05)
         work = (await replica.record_routing_stats())["work"]
         scaling = await replica.record_autoscaling_stats()
@@ -385,7 +391,7 @@ def test_models_of_a_reconfigured_replica():
             await asyncio.sleep(0.01)
             if "new" in factory.engines:
                 break
-        return [await replica.forecast(make_job(model=model)) for model in ("new", "a", "b")]
+        return [await whole(replica, make_job(model=model)) for model in ("new", "a", "b")]
 
     new, old, unknown = asyncio.run(go())
     assert (new.identity.id, old.identity.id) == ("new", "a")
@@ -406,7 +412,7 @@ def test_the_group_decides_the_device():
 def test_the_tasks_of_a_job_are_companions_and_those_of_two_jobs_are_not():
     replica, factory = make_replica()
     for _ in range(2):
-        asyncio.run(replica.forecast(make_job(count=3)))
+        asyncio.run(whole(replica, make_job(count=3)))
     _, *asked = factory.engines["a"].companions  # but the warm-up
     assert len(asked) == 6
     assert asked[0] is asked[1] is asked[2]

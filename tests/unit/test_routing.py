@@ -24,28 +24,25 @@ JOB = Job("id", "m", (), 10.0)
 
 
 class Response:
-    """Of a call, or of a stream if the outcome is a list: its items, exceptions among them."""
+    """A stream of items, exceptions among them. It ends after Done or Failed, or with at_end; else never."""
 
-    def __init__(self, outcome):
-        self.outcome, self.cancelled = outcome, False
+    def __init__(self, items, at_end=None):
+        self.items, self.at_end, self.ended, self.read_to_its_end, self.cancelled = items, at_end, False, False, False
 
     async def __anext__(self):
-        if not self.outcome:
+        if self.ended:
+            self.read_to_its_end = True
+            raise self.at_end or StopAsyncIteration
+        if not self.items:
             await self._never()
-        item = self.outcome.pop(0)
+        item = self.items.pop(0)
         if isinstance(item, Exception):
             raise item
+        self.ended = isinstance(item, Done | Failed)
         return item
 
     def __await__(self):
-        return self._wait().__await__()
-
-    async def _wait(self):
-        if self.outcome is None:
-            await self._never()
-        if isinstance(self.outcome, Exception):
-            raise self.outcome
-        return self.outcome
+        return self._never().__await__()
 
     async def _never(self):
         """As Ray does, it ends with an error when whoever waits gives up."""
@@ -59,9 +56,10 @@ class Response:
 
 
 class Handle:
-    """Gives one outcome after another: a result, an exception, or None for no answer at all."""
+    """Gives one outcome after another: a result, an exception, a list of such, or None for no answer at all."""
 
-    def __init__(self, *outcomes):
+    def __init__(self, *outcomes, at_end=None):
+        self.at_end = at_end
         self.outcomes, self.responses, self.wakes, self.sent = list(outcomes), [], 0, []
 
     def options(self, method_name, stream=False):
@@ -70,9 +68,11 @@ class Handle:
     def wake(self):
         return Waker(self)
 
-    def remote(self, job, resume=None):
+    def remote(self, job, resume, *, bars):
         self.sent.append((job, resume))
-        self.responses.append(Response(self.outcomes.pop(0)))
+        outcome = self.outcomes.pop(0)
+        items = [outcome] if isinstance(outcome, Exception | Done | Failed) else outcome or []
+        self.responses.append(Response(items, self.at_end))
         return self.responses[-1]
 
 
@@ -82,7 +82,7 @@ class Waker:
 
     def remote(self):
         self.handle.wakes += 1
-        return Response(None)
+        return Response([])
 
 
 REPLICAS = {}
@@ -330,6 +330,15 @@ def test_a_sleeping_group_is_woken_even_by_who_may_not_wait():
 
     asyncio.run(go())
     assert handle.wakes == 1
+
+
+@pytest.mark.parametrize("at_end", [None, ActorDiedError()])
+def test_an_answer_is_read_to_its_end_and_kept_whatever_comes_there(at_end):
+    """Ray counts a call as under way until then."""
+    handle = Handle(DONE, at_end=at_end)
+    assert ask(backend({"cpu": handle})).done is DONE
+    assert handle.responses[0].read_to_its_end
+    assert len(handle.sent) == 1
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------
