@@ -203,6 +203,8 @@ def assemble(
         num_replicas=config.ingress.replicas,
         max_ongoing_requests=MAX_ONGOING,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        # One that a code update replaces finishes what it answers; jobs of replicas that are replaced it sends again.
+        graceful_shutdown_timeout_s=config.limits.request_timeout_s,
         user_config={},
         ray_actor_options={"num_cpus": config.ingress.num_cpus},
     )(Ingress)

@@ -1,6 +1,7 @@
 """`python -m serve_app.run` under SIGINT and SIGTERM: whoever is being answered is answered."""
 
 import contextlib
+import copy
 import os
 import signal
 import socket
@@ -108,6 +109,24 @@ def test_a_second_signal_does_not_wait(second):
             with contextlib.suppress(httpx.TransportError):
                 assert running.result().status_code == 503
         assert "requests are cut off" in service.log_path.read_text()
+
+
+@pytest.mark.slow
+def test_a_code_update_cuts_nobody_off():
+    """20 s of computing, begun again on the new replica when the old one is stopped, for a client of the old ingress."""
+    config = slow_config(cpu={"num_cpus": 0.5, "replicas": 1})
+    with Service(config) as service, ThreadPoolExecutor(2) as pool:
+        sent = (body(400), {**body(400), "stream": True})
+        answers = [pool.submit(httpx.post, f"{service.url}/v1/forecast", json=one, timeout=90) for one in sent]
+        with httpx.Client(base_url=service.url) as http:
+            wait_for_gauge(http, 2)
+        changed = copy.deepcopy(config)
+        changed["applications"][0]["args"]["groups"]["cpu"]["workers"] = 9
+        service.redeploy(changed)
+        whole, stream = (answer.result() for answer in answers)
+        assert (whole.status_code, stream.status_code) == (200, 200)
+        assert len(whole.json()["series"][0]["mean"]["close"]) == 400
+        assert "event: answer" in stream.text
 
 
 @pytest.mark.slow
