@@ -113,7 +113,7 @@ def test_a_second_signal_does_not_wait(second):
 
 @pytest.mark.slow
 def test_a_code_update_cuts_nobody_off():
-    """20 s of computing, begun again on the new replica when the old one is stopped, for a client of the old ingress."""
+    """20 s of computing, begun again when its replica is stopped, for a client of an ingress that is stopped too."""
     config = slow_config(cpu={"num_cpus": 0.5, "replicas": 1})
     with Service(config) as service, ThreadPoolExecutor(2) as pool:
         sent = (body(400), {**body(400), "stream": True})
