@@ -63,6 +63,8 @@ class Handle:
         self.outcomes, self.responses, self.wakes, self.sent = list(outcomes), [], 0, []
 
     def options(self, method_name, stream=False):
+        # A job that is no stream tells Ray's router too late how busy a replica is.
+        assert stream or method_name == "wake"
         return self.wake() if method_name == "wake" else self
 
     def wake(self):
