@@ -336,7 +336,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="short runs and coarse numbers")
     parser.add_argument("--only", help=f"comma-separated, of: {', '.join([*CASES, *OWN_SERVICE])}")
     parser.add_argument("--rate", type=float, help="C; found first if it is not given")
-    parser.add_argument("--fast", action="store_true", help="HAProxy and gRPC, see docs/operations.md")
+    parser.add_argument("--fast", action="store_true", help="HAProxy, see docs/operations.md")
     options = parser.parse_args()
     chosen = options.only.split(",") if options.only else [*CASES, *OWN_SERVICE]
     if unknown := set(chosen) - {*CASES, *OWN_SERVICE}:

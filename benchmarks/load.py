@@ -167,7 +167,7 @@ def main() -> int:
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--url", help="of a service that runs already")
     parser.add_argument("--rate", type=float, help="take this as C and do not look for it")
-    parser.add_argument("--fast", action="store_true", help="HAProxy and gRPC, see docs/operations.md")
+    parser.add_argument("--fast", action="store_true", help="HAProxy, see docs/operations.md")
     options = parser.parse_args()
     with a_service(options.url, options.replicas, ["--fast"] if options.fast else None) as url:
         if options.rate:

@@ -112,7 +112,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--quick", action="store_true", help="1,000 requests: shows that it runs, hardly a leak")
-    parser.add_argument("--fast", action="store_true", help="HAProxy and gRPC, see docs/operations.md")
+    parser.add_argument("--fast", action="store_true", help="HAProxy, see docs/operations.md")
     options = parser.parse_args()
     count = 1000 if options.quick else options.requests
     statuses: Counter[str] = Counter()

@@ -24,7 +24,7 @@ JOB = Job("id", "m", (), 10.0)
 
 
 class Response:
-    """A stream of items, exceptions among them. It ends after Done or Failed, or with at_end; else never."""
+    """A stream of items, exceptions among them. It ends after Done or Failed, by at_end if there is one; else never."""
 
     def __init__(self, items, at_end=None):
         self.items, self.at_end, self.ended, self.read_to_its_end, self.cancelled = items, at_end, False, False, False
