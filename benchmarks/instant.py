@@ -28,6 +28,9 @@ class InstantEngine:
         values = np.broadcast_to(series.candles[-1].astype(np.float64), (*shape, 6)).copy()
         return Paths(values, np.zeros((*shape, 2), np.int64), Window(min(len(series.candles), 512), False))
 
+    def release_thread(self) -> None:
+        pass
+
     def cache_slots(self) -> tuple[int, int]:
         return 0, 0
 

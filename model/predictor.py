@@ -66,6 +66,7 @@ class KronosPredictor:
         max_rows: int = 1024,
         compile: bool = False,
         throughput: bool = False,
+        own_thread: bool = False,
     ) -> None:
         """device: as resolve_device takes it. max_context: bars that the model sees at once.
 
@@ -76,6 +77,8 @@ class KronosPredictor:
         could not.
         throughput: for many series at once rather than for short waits: a history is computed in one piece, so that its
         rounding does not depend on what runs beside it.
+        own_thread: for a server, where many threads ask: one thread computes for all of them, and runs their callbacks.
+        Otherwise whoever waits computes, for all.
         """
         if max_context < 1:
             raise ValueError(f"max_context must be at least 1, not {max_context}")
@@ -100,6 +103,7 @@ class KronosPredictor:
             cache_bytes=cache_bytes or _cache_bytes(self.device),
             max_rows=max_rows,
             compile_rows=COMPILED_ROWS if compile else (),
+            own_thread=own_thread,
         )
         if throughput:
             self._config = replace(self._config, prefill_chunk=max_context)

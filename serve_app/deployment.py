@@ -10,10 +10,8 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,7 +28,7 @@ from serve_app.live_config import InvalidUserConfigError, LiveConfig
 from serve_app.load_errors import ModelUnavailableError, UnknownModelError
 from serve_app.logs import configure_logging, log
 from serve_app.model_store import ModelStore
-from serve_app.priority import LOADING, lower_by
+from serve_app.priority import LoadingThreads
 from serve_app.replica_metrics import replica_counters
 
 LAST_RESORT = 2
@@ -69,7 +67,7 @@ class KronosReplica:
         threads = max(1, int(settings.num_cpus))
         self._factory = make_factory(config, group)
         # At a low priority: torch alone takes seconds to import, while other replicas may be short of processors.
-        loader = ThreadPoolExecutor(4, thread_name_prefix="load", initializer=partial(lower_by, LOADING))
+        loader = LoadingThreads()
         loader.submit(self._factory.prepare_process, threads).result()
         self._device = self._factory.device()
         self._max_work = LAST_RESORT * settings.max_outstanding_work
@@ -200,6 +198,7 @@ def _warmed_up(alias: str, engine: Engine) -> Engine:
     paths = engine.forecast(warm_up_series(), Sampling(seed=0))
     if not np.isfinite(paths.values).all():
         raise KronosError(f"{alias}: the warm-up forecast is not finite")
+    engine.release_thread()  # it has the low priority of loading
     return engine
 
 

@@ -63,6 +63,9 @@ class PredictorEngine:
         )
         return paths
 
+    def release_thread(self) -> None:
+        self._engine.release_thread()
+
     def cache_slots(self) -> tuple[int, int]:
         slots: tuple[int, int] = self._engine.cache_slots()
         return slots
@@ -129,6 +132,7 @@ class EngineFactory:
                 self._clip,
                 precision=facts.precision,
                 cache_bytes=cache_bytes,
+                own_thread=True,
                 **options,
             )
             return PredictorEngine(identity, facts, predictor, calibration)

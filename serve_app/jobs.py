@@ -159,6 +159,9 @@ class Engine(Protocol):
         Raises InputError, ForecastCancelledError once should_stop() is true, and EngineFullError.
         """
 
+    def release_thread(self) -> None:
+        """Ends the thread that computes, once nobody waits; the next forecast starts one, of its caller's priority."""
+
     def cache_slots(self) -> tuple[int, int]:
         """(used, free) slots of its cache: one holds one bar of one path."""
 

@@ -1,7 +1,7 @@
 """The engine: schedule → run → update, for requests of any shape at once.
 
-Any number of threads may call run(). The engine has no thread of its own: whoever waits for a result drives the steps,
-for all.
+Any number of threads may call run(). Whoever waits for a result drives the steps, for all; with own_thread, a thread of
+the engine's does so for whoever waits.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import threading
 import time
 from asyncio import CancelledError
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -45,6 +46,7 @@ class Engine:
         self._books = threading.RLock()
         self._turn = threading.Condition()
         self._driver: int | None = None  # the thread that drives the steps
+        self._thread = _new_thread() if config.own_thread else None
         self._live = 0
         self._progressed_at = time.monotonic()
 
@@ -83,11 +85,39 @@ class Engine:
             self._live += len(requests)
 
     def wait(self, requests: Sequence[Request]) -> None:
-        """Drives the engine, or lets another thread drive it, until all of the requests have ended.
+        """Returns once all of the requests have ended.
 
         Raises RuntimeError in a callback of this engine.
         """
         self._refuse_callbacks()
+        if self._thread is None:
+            self._drive(requests)
+            return
+        failures: list[BaseException] = []
+        with self._turn:
+            self._thread.submit(self._drive_for, requests, failures)
+            self._turn.wait_for(lambda: failures or all(request.state.ended for request in requests))
+        if failures:
+            raise failures[0]
+
+    def _drive_for(self, requests: Sequence[Request], failures: list[BaseException]) -> None:
+        """In the engine's own thread: who waits goes on once its requests have ended, or hears what went wrong."""
+        try:
+            self._drive(requests)
+        except BaseException as error:
+            with self._turn:
+                failures.append(error)
+                self._turn.notify_all()
+
+    def release_thread(self) -> None:
+        """Ends the engine's own thread once nobody waits. The next who waits starts another, of that one's priority."""
+        if self._thread is not None:
+            with self._turn:
+                self._thread.shutdown(wait=False)
+                self._thread = _new_thread()
+
+    def _drive(self, requests: Sequence[Request]) -> None:
+        """Drives the engine, or lets another thread drive it, until all of the requests have ended."""
         while True:
             with self._turn:
                 self._turn.wait_for(lambda: self._driver is None or all(r.state.ended for r in requests))
@@ -298,3 +328,8 @@ class Engine:
         """Raises CacheIntegrityError unless every range of the cache belongs to one live request or to nobody."""
         with self._books:
             self._scheduler.check_integrity()
+
+
+def _new_thread() -> ThreadPoolExecutor:
+    """An executor starts its thread when it is needed, and ends it with the engine."""
+    return ThreadPoolExecutor(1, thread_name_prefix="kronos-engine")

@@ -63,6 +63,9 @@ class EngineConfig:
     prefill_chunk: rows × bars computed between two steps, so that a long history does not stall the others; None: by
         the model's size.
     graphs: steps of fixed shapes, captured as CUDA graphs where there is CUDA; None: there only.
+    own_thread: one thread of the engine's makes all steps, for whoever waits; without it, who waits makes them. For
+        every thread that ever computed torch keeps caches, some 30 MB, and OpenMP a pool of threads, which slow down
+        each other: two pools of two threads on two processors take twice as long.
     compile_rows: the steps that torch.compile prepares, by their number of rows; a step of fewer rows is filled up to
         the next of them. Empty: none. CPU only.
     """
@@ -76,6 +79,7 @@ class EngineConfig:
     prefill_chunk: int | None = None
     graphs: bool | None = None
     compile_rows: tuple[int, ...] = ()
+    own_thread: bool = False
 
 
 @dataclass

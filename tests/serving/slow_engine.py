@@ -31,6 +31,9 @@ class SlowEngine:
         self._busy = 0
         self._progressed_at = time.monotonic()
 
+    def release_thread(self):
+        pass
+
     def cache_slots(self):
         return 3, 7
 

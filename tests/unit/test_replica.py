@@ -46,6 +46,9 @@ class FakeEngine:
         self.stalled = 0.0
         self.companions = []
 
+    def release_thread(self):
+        self.thread_released = True
+
     def cache_slots(self):
         return 3, 7
 
@@ -435,3 +438,4 @@ def test_what_computes_goes_before_what_loads():
     _, factory = make_replica()
     assert factory.prepared_at == factory.loaded_at == min(19, priority() + LOADING)
     assert LOADING > FORECASTS
+    assert factory.engines["a"].thread_released

@@ -1,5 +1,9 @@
 """The real engine of a replica, over the golden pair."""
 
+import os
+import sys
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +13,7 @@ from serve_app.config import AppConfig
 from serve_app.deployment import KronosReplica, warm_up_series
 from serve_app.engine import EngineFactory
 from serve_app.live_config import LiveConfig
+from serve_app.priority import FORECASTS
 
 
 def config(golden, **settings):
@@ -52,12 +57,21 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_threads_follow_num_cpus(golden, threads):
+def test_what_computes_has_the_threads_of_num_cpus_and_the_priority_of_forecasts(golden, threads):
     for num_cpus, expected in ((3.0, 3), (0.5, 1)):
         live = LiveConfig(config(golden, groups={"cpu": {"num_cpus": num_cpus}}), {})
         replica = KronosReplica("cpu", live, EngineFactory)
-        assert replica._workers._threads.submit(torch.get_num_threads).result() == expected
         assert replica._store.states()["tiny"]["state"] == "loaded"
+        [engine] = replica._store.engines
+        worker, thread = replica._workers._threads, engine._engine._thread
+        worker.submit(engine.forecast, warm_up_series(), Sampling(seed=0)).result()
+        assert thread.submit(torch.get_num_threads).result() == expected
+        if sys.platform == "linux":
+            assert thread.submit(niceness).result() == min(19, niceness() + FORECASTS)
+
+
+def niceness():
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
 def test_no_cuda_call_is_reached_in_a_cpu_group(golden, monkeypatch):
