@@ -87,6 +87,15 @@ def golden():
 
 
 @pytest.fixture(scope="session")
+def golden_bundle(tmp_path_factory, golden):
+    """The golden networks as a bundle: random weights, 6 + 6 bits. To be read only."""
+    folder = tmp_path_factory.mktemp("bundle")
+    for part in ("model", "tokenizer"):
+        (folder / part).symlink_to(golden / part)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def bars(golden):
     """1,700 real five-minute candles: the six columns and `timestamps`."""
     stored = np.load(golden / "candles.npz")

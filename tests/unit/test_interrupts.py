@@ -96,6 +96,20 @@ def test_an_interrupt_at_any_line_costs_nobody_else_anything(tiny, series_of, ti
         np.testing.assert_allclose(streamed, candles(others[0]), rtol=1e-5, err_msg=f"line {n}")
 
 
+def test_an_interrupted_caller_leaves_nothing_behind(tiny, series_of):
+    def interrupt(step):
+        raise KeyboardInterrupt
+
+    running = engine(tiny)
+    with pytest.raises(KeyboardInterrupt):
+        running.run([Request(series_of(0, 30, 50), Sampling(seed=0), on_step=interrupt)])
+    other = Request(series_of(0, 30, 5), Sampling(seed=0))
+    running.run([other])
+    assert other.state is State.FINISHED
+    assert running.cache_slots()[0] == running.running_rows() == 0
+    running.check_integrity()
+
+
 @pytest.mark.parametrize("raised", [GeneratorExit, asyncio.CancelledError, ValueError])
 def test_what_a_callback_raises_ends_its_own_request(tiny, series_of, raised):
     def fail(step):
