@@ -77,8 +77,8 @@ class KronosPredictor:
         could not.
         throughput: for many series at once rather than for short waits: a history is computed in one piece, so that its
         rounding does not depend on what runs beside it.
-        own_thread: for a server, where many threads ask: one thread computes for all of them, and runs their callbacks.
-        Otherwise whoever waits computes, for all.
+        own_thread: for a server, where many threads ask: one thread computes for all of them, and runs their callbacks,
+        one of which may still be called when its caller has been interrupted. Otherwise who waits computes, for all.
         """
         if max_context < 1:
             raise ValueError(f"max_context must be at least 1, not {max_context}")

@@ -109,7 +109,10 @@ class Workers:
     """Threads that wait for engines."""
 
     def __init__(self, count: int, *, yielding: bool) -> None:
-        """yielding: the threads compute on the processors that proxy and ingress answer on, and let those go first."""
+        """yielding: forecasts are computed on the processors that proxy and ingress answer on, and let those go first.
+
+        Not in these threads: an engine's own has the priority of the first of them that waits for it.
+        """
         initializer = partial(lower_by, FORECASTS) if yielding else None
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="forecast", initializer=initializer)
 

@@ -110,6 +110,8 @@ class ModelStore:
             if not loaded.users:
                 self._outgoing.discard(loaded)
                 self._released.set()
+                if len(self._loaded) > 1:
+                    loaded.engine.release_thread()  # its pool of OpenMP's would slow down the other engines'
 
     def _arriving(self, alias: str) -> asyncio.Future[_Loaded]:
         """A model that is not loaded; its loading has begun. Raises as lease does."""

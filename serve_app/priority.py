@@ -30,8 +30,9 @@ AT_ONCE = 4
 class LoadingThreads(Executor):
     """Threads at the priority LOADING, each for one call.
 
-    OpenMP keeps a pool of threads for every thread that has computed, and while there is more than one pool it lets
-    none wait at the ready: with threads that stayed after a load, forecasts on two processors took twice as long.
+    OpenMP keeps a pool of threads for every thread that has computed, and while all of them together have more threads
+    than there are processors it lets none wait at the ready: with threads that stayed after a load, forecasts on two
+    processors took twice as long.
     """
 
     def __init__(self) -> None:
@@ -39,10 +40,11 @@ class LoadingThreads(Executor):
 
     def submit(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         def run() -> T:
+            lower_by(LOADING)
             with self._places:
                 return call(*args, **kwargs)
 
-        thread = ThreadPoolExecutor(1, thread_name_prefix="load", initializer=lower_by, initargs=(LOADING,))
+        thread = ThreadPoolExecutor(1, thread_name_prefix="load")
         future = thread.submit(run)
         thread.shutdown(wait=False)
         return future

@@ -7,6 +7,7 @@ the engine's does so for whoever waits.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from asyncio import CancelledError
@@ -47,6 +48,7 @@ class Engine:
         self._turn = threading.Condition()
         self._driver: int | None = None  # the thread that drives the steps
         self._thread = _new_thread() if config.own_thread else None
+        self._process = os.getpid()
         self._live = 0
         self._progressed_at = time.monotonic()
 
@@ -71,9 +73,7 @@ class Engine:
         try:
             self.wait(requests)
         except BaseException:
-            # An interrupt: nobody waits for these any more, so the next step drops what is left of them.
-            for request in requests:
-                request.should_stop = lambda: True
+            _abandon(requests)  # an interrupt: nobody waits for these any more
             raise
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -87,27 +87,36 @@ class Engine:
     def wait(self, requests: Sequence[Request]) -> None:
         """Returns once all of the requests have ended.
 
-        Raises RuntimeError in a callback of this engine.
+        Raises RuntimeError in a callback of this engine, and with a thread of its own while the interpreter ends.
         """
         self._refuse_callbacks()
         if self._thread is None:
             self._drive(requests)
             return
-        failures: list[BaseException] = []
+        awaited, failures = list(requests), list[BaseException]()
         with self._turn:
-            self._thread.submit(self._drive_for, requests, failures)
-            self._turn.wait_for(lambda: failures or all(request.state.ended for request in requests))
+            if self._process != os.getpid():  # forked: the thread stayed with the parent
+                self._thread, self._process = _new_thread(), os.getpid()
+            self._thread.submit(self._drive_for, awaited, failures)
+            self._turn.wait_for(lambda: failures or all(request.state.ended for request in awaited))
+        awaited.clear()  # the thread may still be busy with another's wait, and would keep results for as long
         if failures:
-            raise failures[0]
+            raise failures.pop()
 
-    def _drive_for(self, requests: Sequence[Request], failures: list[BaseException]) -> None:
+    def _drive_for(self, awaited: list[Request], failures: list[BaseException]) -> None:
         """In the engine's own thread: who waits goes on once its requests have ended, or hears what went wrong."""
         try:
-            self._drive(requests)
+            self._drive(awaited)
         except BaseException as error:
-            with self._turn:
-                failures.append(error)
-                self._turn.notify_all()
+            logger.error("the engine failed: %s: %s", type(error).__name__, str(error))
+            failures.append(error)
+            try:
+                _abandon(awaited)
+                with self._books:
+                    self._drop_stopped()
+            finally:
+                with self._turn:
+                    self._turn.notify_all()
 
     def release_thread(self) -> None:
         """Ends the engine's own thread once nobody waits. The next who waits starts another, of that one's priority."""
@@ -253,13 +262,13 @@ class Engine:
                 with self._books:
                     self._scheduler.decode_later(request, request.rows * left)
                 return False
+            request.mean, request.scale = lane.mean, lane.scale
+            request.tokens = lane.tokens[:, request.history :].cpu().numpy()
             request.normalised = np.concatenate(lane.decoded, axis=1)
             if request.on_bars is not None:
                 self._tell(lane, request.normalised[:, lane.told :])
         except OF_A_CALLBACK as error:
             return self._fail(request, error)
-        request.mean, request.scale = lane.mean, lane.scale
-        request.tokens = lane.tokens[:, request.history :].cpu().numpy()
         return self._end(request, State.FINISHED)
 
     def _tell(self, lane: Lane, bars: np.ndarray) -> None:
@@ -328,6 +337,12 @@ class Engine:
         """Raises CacheIntegrityError unless every range of the cache belongs to one live request or to nobody."""
         with self._books:
             self._scheduler.check_integrity()
+
+
+def _abandon(requests: Sequence[Request]) -> None:
+    """The next step drops what is left of them."""
+    for request in requests:
+        request.should_stop = lambda: True
 
 
 def _new_thread() -> ThreadPoolExecutor:

@@ -3,19 +3,23 @@
 import gc
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from model.engine.types import Request, State
 from model.types import Sampling
-from serve_app.priority import LOADING, LoadingThreads, lower_by
+from serve_app.priority import AT_ONCE, LOADING, LoadingThreads, lower_by
 from tests.tiny_engine import engine, plain
+
+ROOT = Path(__file__).parents[2]
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="priorities are a process's elsewhere")
 
@@ -148,10 +152,56 @@ def test_an_error_of_the_engine_itself_reaches_who_waits_and_costs_nobody_a_numb
     monkeypatch.setattr(running._scheduler, "plan", fail_once)
     with pytest.raises(MemoryError, match="no room"):
         running.run([mine])
+    # Nobody else waits, and yet it is not left to lie there.
+    assert mine.state is State.CANCELLED
+    assert running.cache_slots()[0] == running.running_rows() == running.stalled_s() == 0
     other = request(series_of, 2, 9)
     running.run([other])
     np.testing.assert_array_equal(other.tokens, plain(tiny, other.series, other.sampling, 64)[0])
-    assert mine.state is State.CANCELLED
+
+
+def test_a_long_wait_keeps_nothing_of_those_that_ended_meanwhile(running, series_of):
+    ended, started = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        long = request(series_of, 1, 30000, on_step=lambda step: started.set(), should_stop=ended.is_set)
+        waiting = pool.submit(running.run, [long])
+        assert started.wait(20)
+        short = request(series_of, 2, 3)
+        running.run([short])
+        gone = weakref.ref(short)
+        del short
+        end = time.monotonic() + 20
+        while gone() is not None and time.monotonic() < end:  # a step or two
+            time.sleep(0.01)
+        assert not long.state.ended
+        ended.set()
+        assert gone() is None
+        waiting.result(20)
+
+
+FORK = """
+import os, sys
+import numpy as np
+from benchmarks.shapes import random_series
+from model import KronosPredictor
+from model.registry import BUNDLED, load_checkpoint
+from model.types import Sampling
+checkpoint = load_checkpoint(BUNDLED)
+predictor = KronosPredictor(checkpoint.model, checkpoint.tokenizer, device="cpu", own_thread=True)
+ask = lambda: predictor.forecast_series(random_series(40, 4, 0), Sampling(seed=0)).values
+wanted = ask()
+child = os.fork()
+if not child:
+    os._exit(0 if np.array_equal(ask(), wanted) else 1)
+_, status = os.waitpid(child, 0)
+sys.exit(os.waitstatus_to_exitcode(status) or not np.array_equal(ask(), wanted))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_makes_its_own():
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert subprocess.run([sys.executable, "-c", FORK], cwd=ROOT, env=environ, timeout=60).returncode == 0
 
 
 def test_a_callback_cannot_wait_for_the_engine_that_calls_it(running, series_of):
@@ -162,16 +212,32 @@ def test_a_callback_cannot_wait_for_the_engine_that_calls_it(running, series_of)
 
 def test_loading_threads_end_with_their_calls():
     """One that stayed would keep a pool of OpenMP's, and slow down the engine's."""
-    loading, places = LoadingThreads(), threading.Semaphore(0)
-    futures = [loading.submit(lambda: (places.acquire(), threading.current_thread(), niceness())[1:]) for _ in range(9)]
-    time.sleep(0.1)
-    assert not any(future.done() for future in futures)
-    places.release(9)
+    loading, began, places = LoadingThreads(), [], threading.Semaphore(0)
+
+    def call(number):
+        began.append(number)
+        places.acquire()
+        return threading.current_thread(), niceness() if sys.platform == "linux" else None
+
+    futures = [loading.submit(call, number) for number in range(2 * AT_ONCE)]
+    time.sleep(0.3)
+    assert len(began) == AT_ONCE
+    places.release(2 * AT_ONCE)
     for future in futures:
         thread, nice = future.result(10)
         thread.join(10)
         assert not thread.is_alive()
         if sys.platform == "linux":
             assert nice == min(19, niceness() + LOADING)
+
+
+def test_what_goes_wrong_in_a_loading_thread_is_its_callers(monkeypatch):
     with pytest.raises(ZeroDivisionError):
-        loading.submit(lambda: 1 / 0).result(10)
+        LoadingThreads().submit(lambda: 1 / 0).result(10)
+
+    def refused(*arguments):
+        raise PermissionError("a sandbox")
+
+    monkeypatch.setattr("serve_app.priority.lower_by", refused)
+    with pytest.raises(PermissionError, match="a sandbox"):
+        LoadingThreads().submit(int).result(10)

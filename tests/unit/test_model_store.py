@@ -19,6 +19,10 @@ from serve_app.model_store import ModelStore
 class FakeEngine:
     def __init__(self, alias, revision):
         self.identity = Identity(alias, "local", revision, f"{alias}@{revision}", 1, 512, "m", "t")
+        self.threads_released = 0
+
+    def release_thread(self):
+        self.threads_released += 1
 
 
 class World:
@@ -159,6 +163,22 @@ def test_what_is_in_use_is_not_evicted_and_is_waited_for():
 
     assert asyncio.run(go()) == "b@v1"
     assert world.loaded == ["b"]
+
+
+def test_the_thread_of_an_idle_model_ends_where_there_are_others():
+    world = World("a", "b")
+
+    async def go():
+        for _ in range(2):
+            await world.use("a")
+        async with world.store.lease("a", 60) as engine:
+            assert engine.threads_released == 0
+            await world.use("a")
+            await world.use("b")
+            assert engine.threads_released == 0  # in use
+        return engine.threads_released, [one.threads_released for one in world.store.engines]
+
+    assert asyncio.run(go()) == (1, [1, 1])
 
 
 def test_always_on_models_are_never_evicted_and_bound_what_else_fits():
