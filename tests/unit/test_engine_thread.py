@@ -121,8 +121,16 @@ def test_it_ends_with_its_engine(tiny, series_of):
     assert not threads[0].is_alive()
 
 
+@pytest.fixture
+def interrupts():
+    """SIGINT raises KeyboardInterrupt also where the suite runs in the background and inherits that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals a thread")
-def test_ctrl_c_ends_one_wait_at_once(tiny, running, series_of):
+def test_ctrl_c_ends_one_wait_at_once(tiny, running, series_of, interrupts):
     def interrupt(step):
         if step == 5:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
