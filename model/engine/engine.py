@@ -109,14 +109,12 @@ class Engine:
             self._drive(awaited)
         except BaseException as error:
             logger.error("the engine failed: %s: %s", type(error).__name__, str(error))
-            failures.append(error)
-            try:
+            with self._turn:
+                failures.append(error)
+                self._turn.notify_all()
                 _abandon(awaited)
                 with self._books:
                     self._drop_stopped()
-            finally:
-                with self._turn:
-                    self._turn.notify_all()
 
     def release_thread(self) -> None:
         """Ends the engine's own thread once nobody waits. The next who waits starts another, of that one's priority."""
