@@ -17,6 +17,7 @@ import pytest
 from model.engine.types import Request, State
 from model.types import Sampling
 from serve_app.priority import AT_ONCE, LOADING, LoadingThreads, lower_by
+from tests.niceness import niceness
 from tests.tiny_engine import engine, plain
 
 ROOT = Path(__file__).parents[2]
@@ -46,10 +47,6 @@ def seen_in_steps(running, series_of, ask, threads=1, calls=1):
     with ThreadPoolExecutor(threads) as pool:
         callers = set(pool.map(call, range(calls)))
     return seen, callers
-
-
-def niceness():
-    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
 def test_one_thread_makes_the_steps_of_all_callers(running, series_of):

@@ -1,7 +1,6 @@
 """The replica and its models over a fake engine, without Serve."""
 
 import asyncio
-import os
 import sys
 import threading
 import time
@@ -25,6 +24,7 @@ from serve_app.engine import group_device
 from serve_app.jobs import Candidate, Chunk, DeviceFacts, Done, Failed, Identity, Job, Resume, Task
 from serve_app.live_config import LiveConfig
 from serve_app.priority import FORECASTS, LOADING
+from tests.niceness import niceness
 
 FACTS = DeviceFacts("cpu", "cpu", "a processor", "fp32", "exact", False, False, False)
 
@@ -80,11 +80,6 @@ class FakeEngine:
         return Paths(values, np.zeros((sampling.samples, series.horizon, 2), np.int64), Window(8, False))
 
 
-def priority():
-    """The niceness of the thread that asks; elsewhere than on Linux, of its process."""
-    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id() if sys.platform == "linux" else 0)
-
-
 class FakeFactory:
     """`missing` cannot be found, until it is taken out; everything else loads in load_s."""
 
@@ -94,7 +89,7 @@ class FakeFactory:
 
     def __call__(self, alias, settings):
         self.loads.append((alias, threading.current_thread().name))
-        self.loaded_at = priority()
+        self.loaded_at = niceness()
         time.sleep(self.load_s)
         if alias in self.missing:
             raise CheckpointNotFoundError(f"/a/secret/path: no {alias}")
@@ -109,7 +104,7 @@ class FakeFactory:
         return FACTS
 
     def prepare_process(self, threads):
-        self.threads, self.prepared_at = threads, priority()
+        self.threads, self.prepared_at = threads, niceness()
 
 
 def make_replica(limits=None, group=None, **factory):
@@ -429,13 +424,13 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="priorities are a pro
 @linux
 @pytest.mark.parametrize(("yielding", "lower"), [(True, FORECASTS), (False, 0)])
 def test_what_answers_goes_before_what_computes(yielding, lower):
-    computing = Workers(1, yielding=yielding)._threads.submit(priority).result()
-    assert computing == min(19, priority() + lower)
+    computing = Workers(1, yielding=yielding)._threads.submit(niceness).result()
+    assert computing == min(19, niceness() + lower)
 
 
 @linux
 def test_what_computes_goes_before_what_loads():
     _, factory = make_replica()
-    assert factory.prepared_at == factory.loaded_at == min(19, priority() + LOADING)
+    assert factory.prepared_at == factory.loaded_at == min(19, niceness() + LOADING)
     assert LOADING > FORECASTS
     assert factory.engines["a"].thread_released

@@ -1,8 +1,6 @@
 """The real engine of a replica, over the golden pair."""
 
-import os
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from serve_app.deployment import KronosReplica, warm_up_series
 from serve_app.engine import EngineFactory
 from serve_app.live_config import LiveConfig
 from serve_app.priority import FORECASTS
+from tests.niceness import niceness
 
 
 def config(golden, **settings):
@@ -68,10 +67,6 @@ def test_what_computes_has_the_threads_of_num_cpus_and_the_priority_of_forecasts
         assert thread.submit(torch.get_num_threads).result() == expected
         if sys.platform == "linux":
             assert thread.submit(niceness).result() == min(19, niceness() + FORECASTS)
-
-
-def niceness():
-    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
 def test_no_cuda_call_is_reached_in_a_cpu_group(golden, monkeypatch):
