@@ -14,6 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 RATE_WINDOW_S = 30.0
+PRESSED_WINDOW_S = 5.0
+"""The same for a group that has had much to do for as long: where its host slows down, the bound in seconds must follow
+sooner than in half a minute. Without pressure so few seconds say what was asked for, not what could be done."""
+PRESSED_SHARE = 0.5
+"""Of the bound in seconds, what is much to do."""
 UNKNOWN_RETRY_S = 5.0
 """Told to a client as long as nothing has been measured."""
 LARGEST_SHARE = 0.5
@@ -81,6 +86,35 @@ class _Finished:
             self.least_busy_s.drop(booking.busy_s)
 
 
+class _Pressed:
+    """The jobs that came back in the last PRESSED_WINDOW_S from a group that has had much to do since before them."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[tuple[float, int]] = deque()
+        self._work = 0
+
+    def add(self, now: float, work: int) -> None:
+        self._jobs.append((now, work))
+        self._work += work
+        self._forget(now)
+
+    def _forget(self, now: float) -> None:
+        while self._jobs and self._jobs[0][0] < now - PRESSED_WINDOW_S:
+            self._work -= self._jobs.popleft()[1]
+
+    def clear(self) -> None:
+        self._jobs.clear()
+        self._work = 0
+
+    def rate(self, now: float) -> float | None:
+        """Work per second since the first of them came back; None as long as there are not enough."""
+        self._forget(now)
+        if len(self._jobs) < ENOUGH_JOBS:
+            return None
+        since, work = self._jobs[0]
+        return (self._work - work) / max(SHORTEST_BUSY_S, now - since)
+
+
 class Admission:
     """What one ingress replica has sent to each group and not got back, against the groups' bounds."""
 
@@ -100,6 +134,7 @@ class Admission:
         self._bookings: dict[str, set[Booking]] = {name: set() for name in bounds}
         self._own: Counter[str] = Counter()
         self._finished = {name: _Finished() for name in bounds}
+        self._pressed = {name: _Pressed() for name in bounds}
         self._busy: dict[str, float] = dict.fromkeys(bounds, 0.0)
         self._busy_since: dict[str, float] = {}
 
@@ -156,6 +191,10 @@ class Admission:
     def end(self, booking: Booking, *, computed: bool) -> None:
         """computed: the work was done, rather than cancelled or refused; it counts for the rate."""
         group = booking.group
+        if self.wait_s(group) < PRESSED_SHARE * self.max_wait_s[group]:
+            self._pressed[group].clear()
+        elif computed:
+            self._pressed[group].add(self._clock(), booking.work)
         if computed:
             self._finished[group].add(self._clock(), booking)
         # Here too, and not only where the rate is asked for: without pressure nobody asks.
@@ -171,10 +210,17 @@ class Admission:
         return self._busy[group] + (0.0 if since is None else self._clock() - since)
 
     def rate(self, group: str) -> float | None:
-        """Work that came back per second in which there was some, over the last RATE_WINDOW_S; None if nothing did."""
+        """Work that came back per second in which there was some, over the last RATE_WINDOW_S; None if nothing did.
+
+        Or under pressure lately, if that is less.
+        """
         finished = self._finished[group]
         finished.forget(self._clock())
-        return finished.work / max(SHORTEST_BUSY_S, self._measured_s(group)) if finished else None
+        if not finished:
+            return None
+        rate = finished.work / max(SHORTEST_BUSY_S, self._measured_s(group))
+        pressed = self._pressed[group].rate(self._clock())
+        return rate if pressed is None else min(rate, pressed)
 
     def _measured_s(self, group: str) -> float:
         """Busy seconds behind the rate."""

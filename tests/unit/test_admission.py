@@ -1,5 +1,7 @@
 """How much work may be under way."""
 
+from collections import deque
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -170,6 +172,47 @@ def test_a_service_that_is_never_under_pressure_does_not_collect_finished_jobs(c
         assert admission.has_room("cpu", 1, 1, 0)
         compute(admission, clock, 1, 1.0)
     assert len(admission._finished["cpu"]) <= RATE_WINDOW_S + 1
+
+
+def compute_in_turn(admission, clock, rates, demand):
+    """Jobs of one unit each, first come first served, each second at that second's rate; demand: asked for per second.
+
+    Returns how long those took that came in each second and were admitted, and how many were refused in it.
+    """
+    waiting, asked, done = deque(), 0.0, 0.0
+    took, refused = [[] for _ in rates], [0 for _ in rates]
+    for second, rate in enumerate(rates):
+        for _ in range(1000):
+            clock.now += 0.001
+            asked, done = asked + demand / 1000, min(done + rate / 1000, 1.0)
+            if asked >= 1:
+                asked -= 1
+                if admission.has_room("cpu", 1, 1, 0):
+                    waiting.append((second, clock.now, admission.start("cpu", 1, 1)))
+                else:
+                    refused[second] += 1
+            if done >= 1 and waiting:
+                done -= 1
+                came_in, at, booking = waiting.popleft()
+                admission.end(booking, computed=True)
+                took[came_in].append(clock.now - at)
+    return took, refused
+
+
+def test_the_bound_in_seconds_follows_a_host_that_slows_down_and_recovers(clock):
+    """Who is there already waits longer. By the rate of half a minute alone, so did who came ten seconds later: 6 s."""
+    admission = admission_of(clock, bound=10**6, max_wait_s=4.0, workers=8)
+    took, refused = compute_in_turn(admission, clock, [40] * 40 + [20] * 15 + [40] * 15, demand=120)
+    assert max(took[30]) < 4.5 < max(took[39])
+    assert all(3.0 < max(second) < 4.5 for second in took[46:50])
+    assert sum(refused[60:65]) <= 5 * 85  # fast again: 40 a second, or nearly, are taken again
+
+
+def test_a_stall_under_light_load_is_not_taken_for_a_slow_host(clock):
+    """As where replicas are exchanged: nothing comes back for two seconds, then everything."""
+    admission = admission_of(clock, bound=10**6, max_wait_s=4.0, workers=8)
+    _, refused = compute_in_turn(admission, clock, [40] * 30 + ([0] * 2 + [40] * 4) * 3, demand=15)
+    assert sum(refused) == 0
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5)), max_size=60))
