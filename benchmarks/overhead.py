@@ -4,7 +4,8 @@
     python benchmarks/overhead.py [--quick] [--reference PATH_OF_A_PUBLIC_CHECKOUT] [--shape small]
 
 1. An engine that answers at once, through proxy, ingress and replica: requests/s and latency, with Ray's proxy and with
-   HAProxy; and in turn with it bare.py, the same path with nothing on it, under Ray's own settings.
+   HAProxy; and in turn with it bare.py, the same path with nothing on it, under Ray's own settings. Before each pair
+   echo.py, one process without Ray: what was reached elsewhere is told as a share of that, and so is what is here.
 2. Of it, reading and writing JSON: 400 bars in, 120 bars out, in this process.
 3. With --reference: forecasts/s and p99 of the same forecasts from this service and from baseline_service.py, one
    process that calls the public predict in a thread, at 1, 8 and 32 clients (--clients), random weights in the
@@ -43,8 +44,10 @@ from serve_app.run import ONE_LOOP
 HISTORY, HORIZON = 400, 120
 REACHED = {"default": 167, "HAProxy + gRPC": 861}
 """Requests/s of an echo of JSON on such a path on another machine with 2 cores, before anything was built."""
+ECHO_REACHED = 8001
+"""Requests/s of one FastAPI process beside them: how fast that machine was."""
 ROUNDS = 3
-"""Bare path and service in turn, because a shared machine is not equally fast from one minute to the next."""
+"""Echo, bare path and service in turn, because a shared machine is not equally fast from one minute to the next."""
 RAYS_OWN = dict.fromkeys(ONE_LOOP, "1")
 BARE = {"default": {**RAYS_OWN, "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0"}, "HAProxy + gRPC": RAYS_OWN}
 """The settings under which REACHED was."""
@@ -61,10 +64,9 @@ def through_the_whole_path(quick: bool) -> list[dict[str, Any]]:
     rows = []
     for mode, options in (("default", []), ("HAProxy + gRPC", ["--fast"])):
         rates: dict[tuple[str, str, int], list[float]] = {}
-        for name in ("bare", "instant") * (1 if quick else ROUNDS):
-            environ = BARE[mode] if name == "bare" else {}
-            with Service(_instant_config(name), options=options, environ=environ) as service:
-                url = f"{service.url}/v1/forecast"
+        for name in ("echo", "bare", "instant") * (1 if quick else ROUNDS):
+            with _path(name, mode, options) as base:
+                url = f"{base}/v1/forecast"
                 asyncio.run(drive(url, bodies["64 → 8"], 4, 2))
                 for size, sent in bodies.items():
                     for clients in (1, 16):
@@ -73,12 +75,28 @@ def through_the_whole_path(quick: bool) -> list[dict[str, Any]]:
                         rows.append({"case": case, **measured, "shown": _all_200(measured)})
                         rates.setdefault((name, size, clients), []).append(float(measured["per s"]))
                         print(f"# {rows[-1]}", file=sys.stderr, flush=True)
-        for (name, size, clients), ours in rates.items():
+        for name, size, clients in rates:
             if name == "instant":
-                bare = rates["bare", size, clients]
+                ours, bare, echo = (median(rates[one, size, clients]) for one in ("instant", "bare", "echo"))
                 case = f"service / bare path, {mode}, {size} bars"
-                rows.append({"case": case, "clients": clients, "per s": f"{median(ours) / median(bare):.2f}×"})
+                rows.append({"case": case, "clients": clients, "per s": f"{ours / bare:.2f}×"})
+                case = f"service / echo, {mode}, {size} bars"
+                rows.append({"case": case, "clients": clients, "per s": f"{100 * ours / echo:.1f} %"})
     return rows
+
+
+@contextlib.contextmanager
+def _path(name: str, mode: str, options: Sequence[str]) -> Iterator[str]:
+    """The address of one of the three, as long as it runs."""
+    if name == "echo":
+        port = free_port()
+        command = [sys.executable, "-m", "uvicorn", "benchmarks.echo:api", "--port", str(port), "--no-access-log"]
+        with _running(command, port) as base:
+            yield base
+    else:
+        environ = BARE[mode] if name == "bare" else {}
+        with Service(_instant_config(name), options=list(options), environ=environ) as service:
+            yield service.url
 
 
 def _instant_config(name: str) -> dict[str, Any]:
@@ -218,7 +236,14 @@ def _baseline(reference: str, folder: str, shape: str, threads: int) -> Iterator
     port = free_port()
     command = [sys.executable, str(Path(__file__).with_name("baseline_service.py"))]
     arguments = [str(Path(reference).resolve()), folder, str(CONTEXT[shape]), str(port), str(threads)]
-    process = subprocess.Popen([*command, *arguments], stdout=subprocess.DEVNULL)
+    with _running([*command, *arguments], port) as base:
+        yield base
+
+
+@contextlib.contextmanager
+def _running(command: Sequence[str], port: int) -> Iterator[str]:
+    """The address of a server that is one process, started from the repository. Raises RuntimeError."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
     try:
         end = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < end:
@@ -227,7 +252,7 @@ def _baseline(reference: str, folder: str, shape: str, threads: int) -> Iterator
                     break
             time.sleep(0.2)
         else:
-            raise RuntimeError("the baseline service did not start")
+            raise RuntimeError(f"{command[1:3]} did not start")
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -250,8 +275,9 @@ def main() -> int:
     if options.reference:
         rows += against_the_public_code(options.reference, options.shape, options.quick, options.clients)
     print(records.table(rows))
-    print(f"reached before on this path with an echo, 16 clients: {REACHED} requests/s")
-    path = records.write("overhead", rows, quick=options.quick, reached=REACHED)
+    shares = ", ".join(f"{mode} {rate} ({100 * rate / ECHO_REACHED:.1f} % of echo)" for mode, rate in REACHED.items())
+    print(f"reached before on another machine, echo {ECHO_REACHED} requests/s, 16 clients: {shares}")
+    path = records.write("overhead", rows, quick=options.quick, reached={"echo": ECHO_REACHED, **REACHED})
     print(f"written to {path.relative_to(path.parents[2])}")
     return 1 if any(str(row.get("shown", "")).startswith("NO") for row in rows) else 0
 
