@@ -64,13 +64,16 @@ def forecast_body(raw: bytes, limits: Limits) -> dict[str, Any]:
 
 def _read(raw: bytes) -> pa.Table:
     try:
-        with pa.ipc.open_stream(pa.py_buffer(raw)) as reader:
+        source = pa.BufferReader(raw)
+        with pa.ipc.open_stream(source) as reader:
             _check_schema(reader.schema)
             batches = list(reader)
             for batch in batches:
                 _check_views(batch)
                 # Offsets that point outside their buffers are found here, before anything follows them.
                 batch.validate(full=True)
+            if source.tell() != len(raw):
+                raise malformed("there are bytes after its end: send one stream")
             return pa.Table.from_batches(batches, reader.schema).combine_chunks()
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError):
         raise malformed("pyarrow cannot read it") from None
@@ -161,7 +164,7 @@ def _times(column: pa.Array) -> Callable[[np.ndarray], Any]:
         # The wall clock, as the model's time marks are read off it.
         local = pc.local_timestamp(utc) if zone else utc
     except pa.ArrowException:
-        text = "must be in microseconds or coarser, and in a time zone that is known"
+        text = "must be whole microseconds of the years 1 to 9999, in a time zone that is known"
         raise invalid_fields([FieldError((TIMESTAMP,), "not_a_time", text)]) from None
     clock = local.to_numpy(zero_copy_only=False).astype("datetime64[us]")
     if not zone:

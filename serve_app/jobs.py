@@ -284,5 +284,8 @@ class Backend(Protocol):
     def replicas(self) -> Sequence[ReplicaView]:
         """All live replicas of all groups. Costs no remote call."""
 
+    def load_failures(self) -> Mapping[str, str]:
+        """Alias → why no replica could load it, also while none is there to say so."""
+
     def groups(self) -> Sequence[str]:
         """Names of the groups that were planned, in the order of preference."""

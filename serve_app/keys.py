@@ -50,15 +50,16 @@ class Key:
         return scope in self.scopes or ADMIN in self.scopes
 
 
-def parse_keys(text: str) -> tuple[Key, ...]:
-    """The lines of a key file; ";" ends a line too, for environment variables. Raises KeyFileError."""
+def parse_keys(*texts: str) -> tuple[Key, ...]:
+    """The lines of key files; ";" ends a line too, for environment variables. Raises KeyFileError."""
     keys: dict[str, Key] = {}
-    for number, line in enumerate(re.split(r"[\n;]", text), start=1):
-        if words := line.split("#", 1)[0].split():
-            key = _parse_line(words, f"line {number} of the API keys")
-            if key.name in keys:
-                raise KeyFileError(f"line {number} of the API keys: another line has this name")
-            keys[key.name] = key
+    for text in texts:
+        for number, line in enumerate(re.split(r"[\n;]", text), start=1):
+            if words := line.split("#", 1)[0].split():
+                key = _parse_line(words, f"line {number} of the API keys")
+                if key.name in keys:
+                    raise KeyFileError(f"line {number} of the API keys: another line has this name")
+                keys[key.name] = key
     return tuple(keys.values())
 
 
@@ -117,13 +118,13 @@ class KeyRing:
         return found
 
     def _load(self) -> tuple[Key, ...]:
-        text = self._text
+        texts = [self._text]
         if self._path is not None:
             try:
-                text += "\n" + self._path.read_text(encoding="utf-8")
+                texts.append(self._path.read_text(encoding="utf-8"))
             except (OSError, UnicodeDecodeError) as error:
                 raise KeyFileError(f"the file of API keys cannot be read: {type(error).__name__}") from None
-        keys = parse_keys(text)
+        keys = parse_keys(*texts)
         if not keys:
             raise KeyFileError("there is no API key: make one with `python -m serve_app.cli new-key NAME`")
         return keys

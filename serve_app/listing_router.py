@@ -23,9 +23,9 @@ class ListingRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
     """Knows every replica of its deployment at no cost: Ray pushes changes and statistics."""
 
     def _publish(self) -> None:
-        from serve_app.listing import REPLICAS
+        from serve_app.listing import publish
 
-        REPLICAS[self._deployment_id.name] = {
+        replicas = {
             replica.replica_id.unique_id: {
                 "node": replica.node_id,
                 "metadata": replica.replica_metadata,
@@ -33,6 +33,7 @@ class ListingRouter(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
             }
             for replica in self.curr_replicas.values()
         }
+        publish(self._deployment_id.name, replicas)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)

@@ -116,6 +116,8 @@ class Metrics:
         # Shown as 0 before the first event, so that a rate() over them works from the start.
         self.rate_limit_hits.labels(self.container)
         self.size_rejections.labels(self.container)
+        for code in (*STATUS, CLIENT_GONE):
+            self.errors.labels(code)
         for event in SECURITY_EVENTS:
             self.security_events.labels(event, self.container)
 

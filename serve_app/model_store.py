@@ -279,7 +279,9 @@ class ModelStore:
             identity = loaded.engine.identity
             return {
                 "state": "loaded",
+                "repo": identity.repo,
                 "revision": identity.revision,
+                "max_context": identity.max_context,
                 "sha256": identity.sha256,
                 "parameters": identity.parameters,
                 "model_version": identity.model_version,
@@ -292,8 +294,10 @@ class ModelStore:
     def _pending(self, alias: str, failure: _Failure | None) -> dict[str, Any] | None:
         """The version that shall replace the loaded one, and how far it is."""
         if failure is not None and alias not in self._loading:
-            return {"state": "failed", "error": failure.message, "revision": failure.spec.settings.revision}
+            return _wanted(failure.spec, "failed", failure.message)
         spec = self.find(alias)
-        if alias in self._loading and spec is not None:
-            return {"state": "loading", "error": None, "revision": spec.settings.revision}
-        return None
+        return _wanted(spec, "loading", None) if alias in self._loading and spec is not None else None
+
+
+def _wanted(spec: ModelSpec, state: str, error: str | None) -> dict[str, Any]:
+    return {"state": state, "error": error, "repo": spec.settings.repo, "revision": spec.settings.revision}

@@ -60,9 +60,10 @@ def reconfigure(address: str, data: Mapping[str, Any], builder: str) -> list[str
 
     try:
         client = ServeSubmissionClient(address)
-        details = client.get_serve_details()["applications"]
+        in_effect = client.get_serve_details()
     except AuthenticationError as error:
         raise RuntimeError(str(error)) from None
+    details = in_effect["applications"]
     edited = {app.get("name", "default"): app for app in data["applications"] if app.get("import_path") == builder}
     missing = sorted(edited.keys() - details.keys())
     if missing:
@@ -76,4 +77,14 @@ def reconfigure(address: str, data: Mapping[str, Any], builder: str) -> list[str
         applications.append(running)
     top = {key: value for key, value in data.items() if key != "applications"}
     client.deploy_applications({**top, "applications": applications})
-    return [f"{name}: sent; /v1/models shows what is being loaded, /v1/info the settings in effect" for name in edited]
+    sent = [f"{name}: sent; /v1/models shows what is being loaded, /v1/info the settings in effect" for name in edited]
+    return [*sent, *_left_alone(data.get("http_options") or {}, in_effect.get("http_options") or {})]
+
+
+def _left_alone(edited: Mapping[str, Any], in_effect: Mapping[str, Any]) -> list[str]:
+    """What Ray reads when the cluster starts, and not again: it would be ignored without a word."""
+    return [
+        f"http_options.{key}: {value} takes a restart, it stays {in_effect[key]}"
+        for key, value in edited.items()
+        if key in in_effect and in_effect[key] != value
+    ]

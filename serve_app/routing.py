@@ -19,7 +19,7 @@ from cluster.plan import Plan, gpu_slots, why_no_gpu
 from serve_app.admission import Admission, Booking
 from serve_app.errors import ALL_FULL, FieldError, ServiceError, invalid_fields
 from serve_app.jobs import Answered, Bars, Chunk, DeviceFacts, Done, Failed, Job, Places, ReplicaView, Resume
-from serve_app.listing import REPLICAS, deployment_name
+from serve_app.listing import LOAD_FAILURES, REPLICAS, deployment_name
 from serve_app.logs import log
 
 POLL_S = 0.05
@@ -104,6 +104,10 @@ class RayBackend:
             if entry["metadata"]
         ]
 
+    def load_failures(self) -> Mapping[str, str]:
+        """See serve_app.jobs.Backend."""
+        return LOAD_FAILURES
+
     async def forecast(self, job: Job, prefer: str | None) -> Answered:
         """Computes the job on the preferred group, or another one, and says so. Raises ServiceError."""
         async with contextlib.aclosing(self._deliver(job, prefer, bars=False)) as items:
@@ -125,7 +129,8 @@ class RayBackend:
         while True:
             booking, warnings = await self._admit(job, prefer, delivery)
             group = booking.group
-            left = job.timeout_s - (time.monotonic() - started)
+            waited_s = time.monotonic() - started
+            left = job.timeout_s - waited_s
             result: Done | Failed | None = None
             sent = replace(job, timeout_s=left, sender=self._sender)
             response: Any = self._handles[group].remote(sent, delivery.resume(), bars=bars)
@@ -134,11 +139,13 @@ class RayBackend:
                     item = await self._watched(group, response.__anext__())
                     if isinstance(item, Chunk):
                         for some in delivery.pass_on(item):
-                            yield some
+                            yield replace(some, queue_ms=some.queue_ms + 1000 * waited_s)
                     else:
                         result = item
                 await _read_end(response)
-                yield Answered(_done(result), group, warnings)
+                done = _done(result)
+                # Also the wait for a sleeping group, and what was spent on a lost replica.
+                yield Answered(replace(done, queue_ms=done.queue_ms + 1000 * waited_s), group, warnings)
                 return
             except (*LOST, ReplicaLostError) as error:
                 self._count_loss(job, group, delivery, error)
@@ -171,7 +178,8 @@ class RayBackend:
         usable = alive if self._spill else alive[:1]
         for name in usable:
             if self.admission.has_room(name, job.work, len(_alive(name)), self._others(name)):
-                return self.admission.start(name, job.work, len(job.tasks)), self._group_warnings(prefer, name)
+                warnings = self._group_warnings(prefer, name, delivery.avoid)
+                return self.admission.start(name, job.work, len(job.tasks)), warnings
         raise self._full(alive, dict.fromkeys(usable, job.work))
 
     def refuse_if_crowded(self) -> None:
@@ -277,13 +285,15 @@ class RayBackend:
                 task.add_done_callback(_look_at)
                 task.cancel()
 
-    def _group_warnings(self, prefer: str | None, used: str) -> tuple[str, ...]:
+    def _group_warnings(self, prefer: str | None, used: str, avoid: str | None) -> tuple[str, ...]:
         planned = self.groups()
         wanted = prefer or planned[0]
         if used == wanted:
             return ()
         if wanted not in planned:
             return (f"the {wanted} group was requested and is not part of this service: the {used} group answered",)
+        if wanted == avoid:
+            return (f"the replica of the {wanted} group that had this was lost: the {used} group answered",)
         if _alive(wanted):
             return (f"the {wanted} group is full now: the {used} group answered",)
         if prefer is None:

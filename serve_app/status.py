@@ -64,22 +64,31 @@ class Status:
 
     def readiness(self) -> tuple[dict[str, Any], bool]:
         views = self._ordered()
-        states = {alias: _state(views, alias) for alias in self.config.always_on}
+        states = {alias: self._state(views, alias) for alias in self.config.always_on}
         awake = all(state == "loaded" for state in states.values())
         ready = (awake or self._asleep(views)) and not self.drain.draining
-        first = views[0].device if views else None
         body = {
             "status": "draining" if self.drain.draining else "ok" if ready else "loading",
             "model_loaded": states[self.config.default_model] == "loaded",
-            "device": first.device if first else None,
-            "device_warning": joined_warnings(self.backend.device_warning, first.device_warning if first else None),
+            "device": views[0].device.device if views else None,
+            "device_warning": self._device_warning(views),
             "models": [{"id": alias, "state": state} for alias, state in states.items()],
         }
         return body, ready
 
     def _asleep(self, views: Sequence[ReplicaView]) -> bool:
-        """A service that sleeps because nobody asks is well: the next request wakes it."""
-        return self.config.may_sleep and not views
+        """A service that sleeps because nobody asks is well: the next request wakes it, unless the last did in vain."""
+        failed = {*self.config.always_on} & self.backend.load_failures().keys()
+        return self.config.may_sleep and not views and not failed
+
+    def _state(self, views: Sequence[ReplicaView], alias: str) -> str:
+        """Over all replicas; of a model that could not be loaded, also once those that tried have gone to sleep."""
+        asleep_and_failed = not views and alias in self.backend.load_failures()
+        return "failed" if asleep_and_failed else _state(views, alias)
+
+    def _device_warning(self, views: Sequence[ReplicaView]) -> str | None:
+        first = views[0].device.device_warning if views else None
+        return joined_warnings(self.backend.device_warning, first)
 
     def health(self) -> dict[str, Any]:
         views = self._ordered()
@@ -132,18 +141,20 @@ class Status:
             loaded = [view for view in views if _state([view], alias) == "loaded"]
             facts: Mapping[str, Any] = loaded[0].models[alias] if loaded else {}
             failed = next(
-                (view.models[alias].get("error") for view in views if _state([view], alias) == "failed"), None
+                (view.models[alias].get("error") for view in views if _state([view], alias) == "failed"),
+                self.backend.load_failures().get(alias),
             )
-            state = _state(views, alias)
+            state = self._state(views, alias)
             pending = next((p for view in loaded if (p := view.models[alias].get("pending"))), None)
             answer.append(
                 {
                     "id": alias,
-                    "repo": settings.repo,
-                    "revision": facts.get("revision") or settings.revision,
+                    # What is loaded stands beside its sha256; what shall replace it is "pending".
+                    "repo": facts.get("repo", settings.repo),
+                    "revision": facts.get("revision", settings.revision),
                     "sha256": facts.get("sha256"),
                     "parameters": facts.get("parameters"),
-                    "context": settings.max_context,
+                    "context": facts.get("max_context", settings.max_context),
                     "groups": sorted({view.group for view in loaded}),
                     "replicas": len(loaded),
                     "state": state,
@@ -191,7 +202,7 @@ class Status:
             "limits": settings["limits"],
             "defaults": settings["defaults"],
             "groups": list(self.backend.groups()),
-            "device_warning": self.backend.device_warning,
+            "device_warning": self._device_warning(self._ordered()),
             "warnings": list(self.warnings),
             "metrics": "per ingress process" if self.config.ingress.replicas > 1 else "whole service",
             "settings": settings,

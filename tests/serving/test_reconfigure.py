@@ -187,6 +187,12 @@ def test_limits_change_at_once_and_what_needs_a_restart_is_refused(service, requ
     assert refused.returncode == 1
     assert "clip cannot change without a restart" in refused.stderr
     del service.args["clip"]
+    port = service.data["http_options"]["port"]
+    service.data["http_options"]["port"] = port + 1
+    ignored = service.reconfigure()
+    service.data["http_options"]["port"] = port
+    assert ignored.returncode == 0
+    assert f"http_options.port: {port + 1} takes a restart, it stays {port}" in ignored.stdout
     assert service.pids() == pids
 
 

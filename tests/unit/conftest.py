@@ -39,9 +39,11 @@ IDENTITY = Identity(
 )
 LOADED = {
     "state": "loaded",
+    "repo": "bundled",
     "revision": None,
     "sha256": "0" * 64,
     "parameters": 1000,
+    "max_context": 512,
     "model_version": "bundled-model+0",
 }
 
@@ -66,6 +68,7 @@ class FakeBackend:
         self.error, self.delay_s, self.loaded, self.device_warning = error, delay_s, loaded, device_warning
         self.fail_after, self.crowded, self.small_jobs = fail_after, None, None
         self.jobs, self.preferred, self.cancelled, self.closed = [], [], 0, 0
+        self.asleep, self.failures = False, {}
 
     def refuse_if_crowded(self):
         if self.crowded is not None:
@@ -114,7 +117,12 @@ class FakeBackend:
         warnings = () if prefer in (None, "cpu") else (f"the {prefer} group is not here",)
         return Answered(done, "cpu", warnings)
 
+    def load_failures(self):
+        return self.failures
+
     def replicas(self):
+        if self.asleep:
+            return []
         models = {"kronos-bundled": LOADED if self.loaded else {"state": "loading"}}
         return [ReplicaView("abc", "cpu", "node", 17, DEVICE, queued=1, running_rows=2, models=models)]
 

@@ -222,6 +222,12 @@ def assert_malformed(response, code="malformed_arrow"):
     assert (response.status_code, response.json()["error"]["code"]) == (400, code), response.text
 
 
+def test_one_stream_and_nothing_after_it(send, table):
+    assert send(written(table)).status_code == 200
+    for rest in (b"x", written(table), bytes(8)):
+        assert_malformed(send(written(table) + rest))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "place", "code"),
     [

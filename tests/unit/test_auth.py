@@ -68,6 +68,16 @@ def test_lines_that_are_refused_are_not_echoed(line):
     assert "plainkey" not in str(caught.value)
 
 
+def test_lines_are_counted_within_the_file(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text(f"# mine\nbob predict sha256:{DIGEST}\nplainkey")
+    with pytest.raises(KeyFileError, match=r"^line 3 of the API keys"):
+        KeyRing(str(path), f"alice predict sha256:{DIGEST}; carol predict sha256:{DIGEST}")
+    path.write_text(f"bob predict sha256:{DIGEST}")
+    with pytest.raises(KeyFileError, match="another line has this name"):
+        KeyRing(str(path), f"bob predict sha256:{DIGEST}")
+
+
 def test_files_that_cannot_be_used(tmp_path):
     for content in (None, b"", b"# nothing\n", b"\xff\xfe"):
         path = tmp_path / "keys"

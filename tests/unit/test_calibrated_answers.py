@@ -46,6 +46,9 @@ class OneReplica:
     def replicas(self):
         return []
 
+    def load_failures(self):
+        return {}
+
     def groups(self):
         return ["cpu"]
 

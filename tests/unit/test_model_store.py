@@ -226,7 +226,9 @@ def test_a_model_is_replaced_when_the_new_version_is_there_and_no_job_sees_both(
         async with world.store.lease("a", 1.0) as before:
             world.store.refresh()
             await asyncio.sleep(0.02)
-            assert world.store.states()["a"]["pending"] == {"state": "loading", "error": None, "revision": "v2"}
+            assert world.store.states()["a"]["pending"] == {
+                "state": "loading", "error": None, "repo": "bundled", "revision": "v2",
+            }  # fmt: skip
             assert await world.use("a") == "a@v1"
             world.gate.set()
             await world.settle("a", "v2")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -53,6 +54,40 @@ def test_models_and_replicas(http):
     assert replica["replica_id"] == "abc"
     assert (replica["group"], replica["pid"], replica["device"], replica["state"]) == ("cpu", 17, "cpu", "running")
     assert (replica["queued"], replica["running_rows"]) == (1, 2)
+
+
+def test_a_service_that_sleeps_is_ready_unless_it_was_woken_in_vain(make_http, fake_backend):
+    backend = fake_backend()
+    backend.asleep = True
+    http = make_http(backend, groups={"cpu": {"autoscaling": {"min_replicas": 0, "max_replicas": 1}}})
+    assert http.get("/v1/readyz").json()["models"] == [{"id": "kronos-bundled", "state": "idle"}]
+    assert http.get("/v1/readyz").status_code == 200
+    backend.failures = {"kronos-bundled": "NaN in head"}
+    response = http.get("/v1/readyz")
+    assert (response.status_code, response.json()["models"][0]["state"]) == (503, "failed")
+    (model,) = http.get("/v1/models").json()["models"]
+    assert (model["state"], model["error"]) == ("failed", "NaN in head")
+    assert http.get("/v1/healthz/detailed").json()["status"] == "degraded"
+    backend.failures = {"another": "no matter"}
+    assert http.get("/v1/readyz").status_code == 200
+
+
+def test_what_is_loaded_stands_beside_its_checksum_and_not_what_shall_replace_it(make_http):
+    wanted = {"kronos-bundled": {"source": "some/where", "revision": "v2", "max_context": 1024}}
+    (model,) = make_http(models=wanted, default_model="kronos-bundled").get("/v1/models").json()["models"]
+    assert (model["repo"], model["revision"], model["context"]) == ("bundled", None, 512)
+    assert model["sha256"] == "0" * 64
+
+
+def test_what_a_replica_does_without_is_said_everywhere(make_http, fake_backend):
+    backend = fake_backend(device_warning="no GPU")
+    views = backend.replicas
+    without = replace(views()[0].device, device_warning="no CUDA")
+    backend.replicas = lambda: [replace(view, device=without) for view in views()]
+    http = make_http(backend)
+    for route in ("/v1/readyz", "/v1/info"):
+        assert http.get(route).json()["device_warning"] == "no GPU; no CUDA"
+    assert http.get("/v1/replicas").json()["replicas"][0]["device_warning"] == "no GPU; no CUDA"
 
 
 def test_info_shows_effective_settings_and_no_path(make_http, tmp_path):
@@ -111,6 +146,9 @@ def test_metrics_move_with_traffic(make_http, fake_backend, candle_items):
     assert int(limited.headers["retry-after"]) >= 1
     http.get("/../../etc/passwd%00")
     text = http.get("/v1/metrics").text
+    # There before the first of them: a rate() over what begins at 1 sees nothing happen.
+    assert sample(text, 'kronos_errors_total{code="no_replica"}') == 0
+    assert 'kronos_errors_total{code="no_replica"} 0' in text
     for name in NAMES:
         assert re.search(rf"^# TYPE {name}", text, re.MULTILINE) or name in text
     route = "/v1/predict/single"

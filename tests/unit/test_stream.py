@@ -163,7 +163,8 @@ RAYS_SWITCH = [(b"x-request-disconnect-disabled", b"?1"), (b"x-request-timeout-s
 @pytest.mark.parametrize("headers", [[], RAYS_SWITCH])
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_stops_the_computing_and_frees_its_slot(fake_backend, body, stream, headers):
-    backend = fake_backend(delay_s=0.1)
+    # Whole, it must not be there before the client has left, however busy this machine is.
+    backend = fake_backend(delay_s=0.1 if stream else 30)
     app = create_app(backend, AppConfig(limits={"max_concurrent": 1}))
     for again in (1, 2):
         sent = leave(app, {**body, "stream": stream, "horizon": 500}, after_events=int(stream), headers=headers)
