@@ -17,8 +17,8 @@ RATE_WINDOW_S = 30.0
 PRESSED_WINDOW_S = 5.0
 """The same for a group that has had much to do for as long: where its host slows down, the bound in seconds must follow
 sooner than in half a minute. Without pressure so few seconds say what was asked for, not what could be done."""
-PRESSED_SHARE = 0.5
-"""Of the bound in seconds, what is much to do."""
+PRESSED_SHARE = 0.75
+"""Of the bound in seconds, what is much to do: above LARGEST_SHARE, so that no job is it alone."""
 UNKNOWN_RETRY_S = 5.0
 """Told to a client as long as nothing has been measured."""
 LARGEST_SHARE = 0.5
@@ -87,7 +87,10 @@ class _Finished:
 
 
 class _Pressed:
-    """The jobs that came back in the last PRESSED_WINDOW_S from a group that has had much to do since before them."""
+    """The jobs that came back in the last PRESSED_WINDOW_S from a group that has had much to do since before them.
+
+    ENOUGH_JOBS of them whatever their age: the slower the host has become, the longer they take.
+    """
 
     def __init__(self) -> None:
         self._jobs: deque[tuple[float, int]] = deque()
@@ -99,7 +102,7 @@ class _Pressed:
         self._forget(now)
 
     def _forget(self, now: float) -> None:
-        while self._jobs and self._jobs[0][0] < now - PRESSED_WINDOW_S:
+        while len(self._jobs) > ENOUGH_JOBS and self._jobs[0][0] < now - PRESSED_WINDOW_S:
             self._work -= self._jobs.popleft()[1]
 
     def clear(self) -> None:

@@ -27,7 +27,7 @@ from serve_app.engine import EngineFactory
 from serve_app.errors import ServiceError
 from serve_app.ingress import create_app
 from serve_app.limits import ClientLimits
-from serve_app.listing import LOAD_FAILURES, deployment_name
+from serve_app.listing import deployment_name, forget_load_failures
 from serve_app.live_config import InvalidUserConfigError, LiveConfig
 from serve_app.logs import configure_logging, log
 from serve_app.metrics import Metrics
@@ -93,8 +93,9 @@ class Ingress:
 
         notes: what /v1/info says about settings that are not in effect.
         """
+        if config.models != self._config.models:
+            forget_load_failures()
         self._config, self._notes = config, notes
-        LOAD_FAILURES.clear()  # the aliases may mean other models now
         self._backend.replica_wait_s = config.limits.replica_wait_s
         self._clients.limits = config.limits
         self._app = create_app(

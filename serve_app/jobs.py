@@ -131,6 +131,14 @@ class Failed:
     row: int | None = None
 
 
+@dataclass(frozen=True)
+class LoadFailure:
+    """Why a replica could not load a model. at: when one said so last, time.monotonic()."""
+
+    message: str
+    at: float
+
+
 class Engine(Protocol):
     """One model on one device."""
 
@@ -284,7 +292,7 @@ class Backend(Protocol):
     def replicas(self) -> Sequence[ReplicaView]:
         """All live replicas of all groups. Costs no remote call."""
 
-    def load_failures(self) -> Mapping[str, str]:
+    def load_failures(self) -> Mapping[str, LoadFailure]:
         """Alias → why no replica could load it, also while none is there to say so."""
 
     def groups(self) -> Sequence[str]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from typing import Any
+
+from serve_app.jobs import LoadFailure
 
 REPLICAS: dict[str, dict[str, dict[str, Any]]] = {}
 """Deployment name → replica id → {"node": …, "metadata": {…}, "stats": {…}}.
@@ -10,9 +14,8 @@ REPLICAS: dict[str, dict[str, dict[str, Any]]] = {}
 Each inner table is replaced as a whole, so that a reader never sees one half-written.
 """
 
-
-LOAD_FAILURES: dict[str, str] = {}
-"""Alias → why a replica could not load it, until one has: also when no replica is left to say so."""
+_LAST_WORDS: dict[str, dict[str, LoadFailure | None]] = {}
+"""Deployment name → alias → what its replicas said last of it, also when none is left to say so; None is "loaded"."""
 
 
 def publish(deployment: str, replicas: dict[str, dict[str, Any]]) -> None:
@@ -20,10 +23,22 @@ def publish(deployment: str, replicas: dict[str, dict[str, Any]]) -> None:
     REPLICAS[deployment] = replicas
     news = [replica["stats"] or replica["metadata"] or {} for replica in replicas.values()]
     models = [entry for one in news for entry in one.get("models", {}).items()]
-    LOAD_FAILURES.update((alias, facts["error"]) for alias, facts in models if facts["state"] == "failed")
-    for alias, facts in models:
-        if facts["state"] == "loaded":
-            LOAD_FAILURES.pop(alias, None)
+    now = time.monotonic()
+    failed = {alias: LoadFailure(facts["error"], now) for alias, facts in models if facts["state"] == "failed"}
+    loaded = {alias: None for alias, facts in models if facts["state"] == "loaded"}
+    _LAST_WORDS[deployment] = {**_LAST_WORDS.get(deployment, {}), **failed, **loaded}
+
+
+def load_failures() -> Mapping[str, LoadFailure]:
+    """By alias, of models that no group could load when it tried last. A new process knows of none."""
+    words = [entry for last in _LAST_WORDS.values() for entry in last.items()]
+    loaded = {alias for alias, failure in words if failure is None}
+    return {alias: failure for alias, failure in words if failure is not None and alias not in loaded}
+
+
+def forget_load_failures() -> None:
+    """For when the aliases mean other models."""
+    _LAST_WORDS.clear()
 
 
 def deployment_name(group: str) -> str:

@@ -72,7 +72,7 @@ class Metrics:
         )
         self.queue_wait = Histogram(
             "kronos_queue_wait_seconds",
-            "Wait in a replica before the computing began, per request",
+            "Wait before the computing began, per request; also for a sleeping group, and with a lost replica",
             ["endpoint"],
             buckets=_SECONDS,
             registry=self.registry,

@@ -275,6 +275,8 @@ class ModelStore:
 
     def _state(self, alias: str) -> dict[str, Any]:
         failure = self._failures.get(alias)
+        if failure is not None and failure.spec != self.find(alias):
+            failure = None  # the alias means something else now, which has not been tried
         if (loaded := self._loaded.get(alias)) is not None:
             identity = loaded.engine.identity
             return {

@@ -78,13 +78,12 @@ def reconfigure(address: str, data: Mapping[str, Any], builder: str) -> list[str
     top = {key: value for key, value in data.items() if key != "applications"}
     client.deploy_applications({**top, "applications": applications})
     sent = [f"{name}: sent; /v1/models shows what is being loaded, /v1/info the settings in effect" for name in edited]
-    return [*sent, *_left_alone(data.get("http_options") or {}, in_effect.get("http_options") or {})]
+    return [*sent, *(f"{key} stays as it is: that takes a restart" for key in _left_alone(data, in_effect))]
 
 
 def _left_alone(edited: Mapping[str, Any], in_effect: Mapping[str, Any]) -> list[str]:
-    """What Ray reads when the cluster starts, and not again: it would be ignored without a word."""
-    return [
-        f"http_options.{key}: {value} takes a restart, it stays {in_effect[key]}"
-        for key, value in edited.items()
-        if key in in_effect and in_effect[key] != value
-    ]
+    """Changed keys that Ray reads when the cluster starts, and not again: it would ignore them without a word."""
+    http, http_in_effect = edited.get("http_options") or {}, in_effect.get("http_options") or {}
+    changed = [f"http_options.{key}" for key in http if key in http_in_effect and http_in_effect[key] != http[key]]
+    proxies = edited.get("proxy_location", in_effect.get("proxy_location"))
+    return [*changed, *(["proxy_location"] if proxies != in_effect.get("proxy_location") else [])]

@@ -18,8 +18,20 @@ from ray.serve.handle import DeploymentHandle
 from cluster.plan import Plan, gpu_slots, why_no_gpu
 from serve_app.admission import Admission, Booking
 from serve_app.errors import ALL_FULL, FieldError, ServiceError, invalid_fields
-from serve_app.jobs import Answered, Bars, Chunk, DeviceFacts, Done, Failed, Job, Places, ReplicaView, Resume
-from serve_app.listing import LOAD_FAILURES, REPLICAS, deployment_name
+from serve_app.jobs import (
+    Answered,
+    Bars,
+    Chunk,
+    DeviceFacts,
+    Done,
+    Failed,
+    Job,
+    LoadFailure,
+    Places,
+    ReplicaView,
+    Resume,
+)
+from serve_app.listing import REPLICAS, deployment_name, load_failures
 from serve_app.logs import log
 
 POLL_S = 0.05
@@ -104,9 +116,9 @@ class RayBackend:
             if entry["metadata"]
         ]
 
-    def load_failures(self) -> Mapping[str, str]:
+    def load_failures(self) -> Mapping[str, LoadFailure]:
         """See serve_app.jobs.Backend."""
-        return LOAD_FAILURES
+        return load_failures()
 
     async def forecast(self, job: Job, prefer: str | None) -> Answered:
         """Computes the job on the preferred group, or another one, and says so. Raises ServiceError."""

@@ -77,8 +77,13 @@ class Status:
         return body, ready
 
     def _asleep(self, views: Sequence[ReplicaView]) -> bool:
-        """A service that sleeps because nobody asks is well: the next request wakes it, unless the last did in vain."""
-        failed = {*self.config.always_on} & self.backend.load_failures().keys()
+        """A service that sleeps because nobody asks is well: the next request wakes it.
+
+        Not for a while after the last did so in vain; then it may try again, since nothing else would.
+        """
+        since = time.monotonic() - self.config.limits.load_retry_s
+        failures = self.backend.load_failures()
+        failed = any(alias in failures and failures[alias].at > since for alias in self.config.always_on)
         return self.config.may_sleep and not views and not failed
 
     def _state(self, views: Sequence[ReplicaView], alias: str) -> str:
@@ -135,15 +140,17 @@ class Status:
 
     def models(self) -> list[dict[str, Any]]:
         views = self._ordered()
-        answer, always_on = [], self.config.always_on
+        answer, always_on, failures = [], self.config.always_on, self.backend.load_failures()
         for alias, spec in self.catalog.all().items():
             settings = spec.settings
             loaded = [view for view in views if _state([view], alias) == "loaded"]
             facts: Mapping[str, Any] = loaded[0].models[alias] if loaded else {}
             failed = next(
                 (view.models[alias].get("error") for view in views if _state([view], alias) == "failed"),
-                self.backend.load_failures().get(alias),
+                None,
             )
+            if not views and alias in failures:
+                failed = failures[alias].message
             state = self._state(views, alias)
             pending = next((p for view in loaded if (p := view.models[alias].get("pending"))), None)
             answer.append(

@@ -209,10 +209,33 @@ def test_the_bound_in_seconds_follows_a_host_that_slows_down_and_recovers(clock)
 
 
 def test_a_stall_under_light_load_is_not_taken_for_a_slow_host(clock):
-    """As where replicas are exchanged: nothing comes back for two seconds, then everything."""
+    """As where replicas are exchanged: nothing comes back for three seconds, then everything."""
     admission = admission_of(clock, bound=10**6, max_wait_s=4.0, workers=8)
-    _, refused = compute_in_turn(admission, clock, [40] * 30 + ([0] * 2 + [40] * 4) * 3, demand=15)
+    _, refused = compute_in_turn(admission, clock, [40] * 30 + ([0] * 3 + [40] * 4) * 3, demand=15)
     assert sum(refused) == 0
+
+
+def test_the_slower_a_host_has_become_the_more_the_bound_follows(clock):
+    """Few come back in five seconds then; those that did count, however old they are."""
+    admission = admission_of(clock, bound=10**6, max_wait_s=4.0, workers=8)
+    took, _ = compute_in_turn(admission, clock, [40] * 40 + [5] * 60 + [40] * 5, demand=120)
+    assert all(max(second) < 4.7 for second in took[60:100] if second)
+
+
+def test_one_huge_job_is_no_pressure(clock):
+    """While it runs, others come back as they are asked for, and not as fast as they could."""
+    admission = admission_of(clock, bound=10**6, max_wait_s=3.0, workers=4)
+    for _ in range(2000):
+        compute(admission, clock, 10, 0.01)
+    huge = admission.start("cpu", 14_000, 1)
+    for _ in range(60):
+        compute(admission, clock, 10, 0.1)
+    admitted = 0
+    while admission.has_room("cpu", 10, 1, 0) and admitted < 60:
+        admission.start("cpu", 10, 1)
+        admitted += 1
+    admission.end(huge, computed=True)
+    assert admitted == 60
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5)), max_size=60))

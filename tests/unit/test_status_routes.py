@@ -2,9 +2,12 @@
 
 import json
 import re
+import time
 from dataclasses import replace
 
 import pytest
+
+from serve_app.jobs import LoadFailure
 
 
 def test_health_and_readiness(make_http, fake_backend):
@@ -62,13 +65,16 @@ def test_a_service_that_sleeps_is_ready_unless_it_was_woken_in_vain(make_http, f
     http = make_http(backend, groups={"cpu": {"autoscaling": {"min_replicas": 0, "max_replicas": 1}}})
     assert http.get("/v1/readyz").json()["models"] == [{"id": "kronos-bundled", "state": "idle"}]
     assert http.get("/v1/readyz").status_code == 200
-    backend.failures = {"kronos-bundled": "NaN in head"}
+    backend.failures = {"kronos-bundled": LoadFailure("NaN in head", time.monotonic())}
     response = http.get("/v1/readyz")
     assert (response.status_code, response.json()["models"][0]["state"]) == (503, "failed")
     (model,) = http.get("/v1/models").json()["models"]
     assert (model["state"], model["error"]) == ("failed", "NaN in head")
     assert http.get("/v1/healthz/detailed").json()["status"] == "degraded"
-    backend.failures = {"another": "no matter"}
+    # Nothing but a request would try again, and none would come to a service that says it is not ready.
+    backend.failures = {"kronos-bundled": LoadFailure("NaN in head", time.monotonic() - 31)}
+    assert http.get("/v1/readyz").status_code == 200
+    backend.failures = {"another": LoadFailure("no matter", time.monotonic())}
     assert http.get("/v1/readyz").status_code == 200
 
 
