@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -64,7 +64,8 @@ class Status:
 
     def readiness(self) -> tuple[dict[str, Any], bool]:
         views = self._ordered()
-        states = {alias: self._state(views, alias) for alias in self.config.always_on}
+        failures = self.backend.load_failures()
+        states = {alias: _state(views, alias, failures) for alias in self.config.always_on}
         awake = all(state == "loaded" for state in states.values())
         ready = (awake or self._asleep(views)) and not self.drain.draining
         body = {
@@ -85,11 +86,6 @@ class Status:
         failures = self.backend.load_failures()
         failed = any(alias in failures and failures[alias].at > since for alias in self.config.always_on)
         return self.config.may_sleep and not views and not failed
-
-    def _state(self, views: Sequence[ReplicaView], alias: str) -> str:
-        """Over all replicas; of a model that could not be loaded, also once those that tried have gone to sleep."""
-        asleep_and_failed = not views and alias in self.backend.load_failures()
-        return "failed" if asleep_and_failed else _state(views, alias)
 
     def _device_warning(self, views: Sequence[ReplicaView]) -> str | None:
         first = views[0].device.device_warning if views else None
@@ -145,13 +141,12 @@ class Status:
             settings = spec.settings
             loaded = [view for view in views if _state([view], alias) == "loaded"]
             facts: Mapping[str, Any] = loaded[0].models[alias] if loaded else {}
+            remembered = failures.get(alias)
             failed = next(
                 (view.models[alias].get("error") for view in views if _state([view], alias) == "failed"),
-                None,
+                remembered and remembered.message,
             )
-            if not views and alias in failures:
-                failed = failures[alias].message
-            state = self._state(views, alias)
+            state = _state(views, alias, failures)
             pending = next((p for view in loaded if (p := view.models[alias].get("pending"))), None)
             answer.append(
                 {
@@ -219,7 +214,10 @@ class Status:
         return {"name": "kronos-ray-serve", "version": schemas.API_VERSION, "routes": list(ROUTES)}
 
 
-def _state(views: Sequence[ReplicaView], alias: str) -> str:
+def _state(views: Sequence[ReplicaView], alias: str, failures: Collection[str] = ()) -> str:
+    """Over all views. failures: aliases that could not be loaded, also once the replicas that tried are asleep."""
+    if not views and alias in failures:
+        return "failed"
     reported = {view.models.get(alias, {}).get("state", "idle") for view in views}
     return next((state for state in _STATES if state in reported), "idle")
 
