@@ -32,12 +32,27 @@ are exchanged for all the others that start. With 8 jobs an update refused more 
 
 @dataclass(eq=False)
 class Booking:
-    """A job that is under way. series: how many. busy_s: how long its group had been busy when it came."""
+    """A job that is under way. series: how many. busy_s: for how long its group had been busy when it came (_Busy)."""
 
     group: str
     work: int
     series: int
     busy_s: float
+
+
+class _Busy:
+    """For how long a group has been busy, in seconds; those in which only some of its replicas can have had a job
+    count for as much less. Otherwise a few requests at a time would make the group look as slow as one replica."""
+
+    def __init__(self, now: float) -> None:
+        self._seconds, self._since, self._share = 0.0, now, 0.0
+
+    def seconds(self, now: float) -> float:
+        return self._seconds + self._share * (now - self._since)
+
+    def change(self, now: float, share: float) -> None:
+        """share: of the replicas, at most, that are busy from now on."""
+        self._seconds, self._since, self._share = self.seconds(now), now, share
 
 
 class _Least:
@@ -138,8 +153,8 @@ class Admission:
         self._own: Counter[str] = Counter()
         self._finished = {name: _Finished() for name in bounds}
         self._pressed = {name: _Pressed() for name in bounds}
-        self._busy: dict[str, float] = dict.fromkeys(bounds, 0.0)
-        self._busy_since: dict[str, float] = {}
+        self._busy = {name: _Busy(clock()) for name in bounds}
+        self._replicas = dict.fromkeys(bounds, 1)
 
     def outstanding(self, group: str) -> int:
         """Work that this process has in the group."""
@@ -182,13 +197,13 @@ class Admission:
             return False
         return not self.has_room(group, self.small_work(group), replicas, others)
 
-    def start(self, group: str, work: int, series: int) -> Booking:
-        """Books a job; give what it returns to end()."""
-        if not self._bookings[group]:
-            self._busy_since[group] = self._clock()
-        booking = Booking(group, work, series, self._busy_s(group))
+    def start(self, group: str, work: int, series: int, replicas: int) -> Booking:
+        """Books a job; give what it returns to end(). replicas: live ones of the group."""
+        booking = Booking(group, work, series, self._busy[group].seconds(self._clock()))
         self._bookings[group].add(booking)
         self._own[group] += work
+        self._replicas[group] = max(1, replicas)
+        self._note_share(group)
         return booking
 
     def end(self, booking: Booking, *, computed: bool) -> None:
@@ -204,16 +219,13 @@ class Admission:
         self._finished[group].forget(self._clock())
         self._bookings[group].remove(booking)
         self._own[group] -= booking.work
-        if not self._bookings[group]:
-            self._busy[group] += self._clock() - self._busy_since.pop(group)
+        self._note_share(group)
 
-    def _busy_s(self, group: str) -> float:
-        """Seconds in which the group had work of this process."""
-        since = self._busy_since.get(group)
-        return self._busy[group] + (0.0 if since is None else self._clock() - since)
+    def _note_share(self, group: str) -> None:
+        self._busy[group].change(self._clock(), min(1.0, len(self._bookings[group]) / self._replicas[group]))
 
     def rate(self, group: str) -> float | None:
-        """Work that came back per second in which there was some, over the last RATE_WINDOW_S; None if nothing did.
+        """Work that came back per busy second (_Busy), over the last RATE_WINDOW_S; None if nothing did.
 
         Or under pressure lately, if that is less.
         """
@@ -227,7 +239,7 @@ class Admission:
 
     def _measured_s(self, group: str) -> float:
         """Busy seconds behind the rate."""
-        return self._busy_s(group) - self._finished[group].least_busy_s()
+        return self._busy[group].seconds(self._clock()) - self._finished[group].least_busy_s()
 
     def wait_s(self, group: str) -> float:
         """Seconds of work under way; 0 as long as too little has been measured."""

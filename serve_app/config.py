@@ -139,7 +139,7 @@ class GroupConfig(Strict):
     cache_gb: float = Field(default=2.0, gt=0)
     model_memory_gb: float = Field(default=8.0, gt=0)
     max_outstanding_work: int = Field(default=524_288, ge=1)
-    max_wait_s: float = Field(default=4.0, gt=0)
+    max_wait_s: float = Field(default=3.0, gt=0)
     precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     compile: bool = False
     hang_timeout_s: float = Field(default=60.0, gt=0)

@@ -189,9 +189,10 @@ class RayBackend:
         alive = [name for name in order if _alive(name)] or await self._wait_for_replica(job, order)
         usable = alive if self._spill else alive[:1]
         for name in usable:
-            if self.admission.has_room(name, job.work, len(_alive(name)), self._others(name)):
+            replicas = len(_alive(name))
+            if self.admission.has_room(name, job.work, replicas, self._others(name)):
                 warnings = self._group_warnings(prefer, name, delivery.avoid)
-                return self.admission.start(name, job.work, len(job.tasks)), warnings
+                return self.admission.start(name, job.work, len(job.tasks), replicas), warnings
         raise self._full(alive, dict.fromkeys(usable, job.work))
 
     def refuse_if_crowded(self) -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from benchmarks.service import Service, shipped_config
 
@@ -127,6 +128,41 @@ def test_a_code_update_cuts_nobody_off():
         assert (whole.status_code, stream.status_code) == (200, 200)
         assert len(whole.json()["series"][0]["mean"]["close"]) == 400
         assert "event: answer" in stream.text
+
+
+@pytest.mark.parametrize("share", [0.25, pytest.param(0.6, marks=pytest.mark.slow)], ids=["room", "no room"])
+def test_a_code_update_starts_the_new_replica_first_where_there_is_room(share):
+    """Without room it must not wait for it."""
+    config = slow_config(gpu={"mode": "off"}, cpu={"num_cpus": share * os.cpu_count(), "replicas": 1})
+    with Service(config) as service:
+        before = running_replicas(service)
+        assert set(before) == {"ingress", "kronos_cpu"}
+        changed = copy.deepcopy(config)
+        changed["applications"][0]["args"]["groups"]["cpu"]["workers"] = 9
+        service.redeploy(changed)
+        fewest = dict.fromkeys(before, 1)
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            now = running_replicas(service)  # of no deployment while Ray builds the application anew
+            for name, running in now.items():
+                fewest[name] = min(fewest[name], len(running))
+            if len(now) == 2 and all(running and not running & before[name] for name, running in now.items()):
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError(service.log_path.read_text())
+        assert fewest["ingress"] == 1
+        assert fewest["kronos_cpu"] == (1 if share < 0.5 else 0)
+
+
+def running_replicas(service):
+    """Deployment → the ids of its replicas that run, as Ray says."""
+    details = ServeSubmissionClient(service.dashboard()).get_serve_details()
+    deployments = details["applications"]["kronos"]["deployments"]
+    return {
+        name: {replica["replica_id"] for replica in one["replicas"] if replica["state"] == "RUNNING"}
+        for name, one in deployments.items()
+    }
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def test_work_counts_and_not_requests(clock):
     bookings = []
     for _ in range(10):
         assert admission.has_room("cpu", 10, 1, 0)
-        bookings.append(admission.start("cpu", 10, 1))
+        bookings.append(admission.start("cpu", 10, 1, 1))
     assert not admission.has_room("cpu", 1, 1, 0)
     assert admission.has_room("cpu", 1, 2, 0)
     admission.end(bookings.pop(), computed=True)
@@ -61,7 +61,7 @@ def test_what_other_ingress_replicas_sent_counts_too(clock):
 
 def compute(admission, clock, work, seconds):
     """One job that takes so long."""
-    booking = admission.start("cpu", work, 1)
+    booking = admission.start("cpu", work, 1, 1)
     clock.now += seconds
     admission.end(booking, computed=True)
 
@@ -78,11 +78,23 @@ def test_the_rate_counts_the_time_in_which_there_was_work(clock):
 
 def test_side_by_side_counts_once(clock):
     admission = admission_of(clock)
-    bookings = [admission.start("cpu", 10, 1) for _ in range(4)]
+    bookings = [admission.start("cpu", 10, 1, 1) for _ in range(4)]
     clock.now += 2
     for booking in bookings:
         admission.end(booking, computed=True)
     assert admission.rate("cpu") == 20.0
+
+
+def test_one_job_at_a_time_keeps_one_replica_busy(clock):
+    """Two would do twice as much: they must not be taken for as slow as one, as soon as there is much to do."""
+    admission = admission_of(clock)
+    for together in (1, 2, 3):
+        bookings = [admission.start("cpu", 10, 1, replicas=2) for _ in range(together)]
+        clock.now += max(1.0, together / 2)
+        for booking in bookings:
+            admission.end(booking, computed=True)
+        assert admission.rate("cpu") == 20.0
+        clock.now += 5
 
 
 def test_no_more_than_the_bound_in_seconds_at_the_measured_rate(clock):
@@ -93,7 +105,7 @@ def test_no_more_than_the_bound_in_seconds_at_the_measured_rate(clock):
         compute(admission, clock, 10, 1.0)
     admitted = 0
     while admission.has_room("cpu", 10, 1, 0):
-        admission.start("cpu", 10, 1)
+        admission.start("cpu", 10, 1, 1)
         admitted += 1
     assert admitted == 6  # 50 units take 5 s; one more goes in while the wait is not above it
     assert not admission.has_room("cpu", 1, 1, 0)
@@ -107,7 +119,7 @@ def test_the_bound_in_seconds_waits_until_every_worker_has_something(clock):
         compute(admission, clock, 10, 1.0)
     for _ in range(8):
         assert admission.has_room("cpu", 1000, 2, 0)
-        admission.start("cpu", 1000, 1)
+        admission.start("cpu", 1000, 1, 1)
     assert not admission.has_room("cpu", 1000, 2, 0)
 
 
@@ -116,11 +128,11 @@ def test_places_are_what_is_under_way_and_what_finds_room(clock):
     assert admission.places("cpu", 1, 0) == 100
     for _ in range(ENOUGH_JOBS):
         compute(admission, clock, 1, 1.0)
-    bookings = [admission.start("cpu", 1, 1) for _ in range(2)]
+    bookings = [admission.start("cpu", 1, 1, 1) for _ in range(2)]
     assert admission.places("cpu", 1, 0) == 6  # as many as has_room would take
     assert admission.places("cpu", 1, 7) == 13
     while admission.has_room("cpu", 1, 1, 0):
-        bookings.append(admission.start("cpu", 1, 1))
+        bookings.append(admission.start("cpu", 1, 1, 1))
     assert len(bookings) == admission.places("cpu", 1, 0) == 6
     admission.end(bookings.pop(), computed=True)
     assert admission.places("cpu", 1, 0) > len(bookings)
@@ -130,11 +142,11 @@ def test_one_huge_job_leaves_room_for_others(clock):
     admission = admission_of(clock, bound=10**6, max_wait_s=5.0)
     for _ in range(ENOUGH_JOBS):
         compute(admission, clock, 10, 1.0)
-    admission.start("cpu", 100_000, 1)
+    admission.start("cpu", 100_000, 1, 1)
     assert admission.wait_s("cpu") == 2.5
     assert admission.has_room("cpu", 10, 1, 0)
-    admission.start("cpu", 100_000, 1)
-    admission.start("cpu", 10, 1)
+    admission.start("cpu", 100_000, 1, 1)
+    admission.start("cpu", 10, 1, 1)
     assert not admission.has_room("cpu", 10, 1, 0)
 
 
@@ -144,7 +156,7 @@ def test_a_few_jobs_after_a_start_refuse_nobody(clock):
     for _ in range(ENOUGH_JOBS - 1):
         compute(admission, clock, 1, 0.1)
     for _ in range(3):
-        admission.start("cpu", 1000, 1)
+        admission.start("cpu", 1000, 1, 1)
     assert admission.has_room("cpu", 10, 1, 0)
     compute(admission, clock, 1, ENOUGH_BUSY_S)
     assert not admission.has_room("cpu", 10, 1, 0)
@@ -154,7 +166,7 @@ def test_retry_after_is_the_excess_over_the_measured_rate(clock):
     admission = admission_of(clock)
     assert admission.retry_after_s("cpu", 10, 1, 0) == UNKNOWN_RETRY_S
     compute(admission, clock, 60, 10.0)
-    admission.start("cpu", 100, 1)
+    admission.start("cpu", 100, 1, 1)
     assert admission.retry_after_s("cpu", 36, 1, 0) == 6.0
     assert admission.retry_after_s("cpu", 1, 1, 0) == 1.0
     assert admission.retry_after_s("cpu", 10_000, 1, 0) == 30.0
@@ -162,7 +174,7 @@ def test_retry_after_is_the_excess_over_the_measured_rate(clock):
 
 def test_what_was_cancelled_says_nothing_about_the_rate(clock):
     admission = admission_of(clock)
-    admission.end(admission.start("cpu", 50, 1), computed=False)
+    admission.end(admission.start("cpu", 50, 1, 1), computed=False)
     assert (admission.rate("cpu"), admission.outstanding("cpu")) == (None, 0)
 
 
@@ -188,7 +200,7 @@ def compute_in_turn(admission, clock, rates, demand):
             if asked >= 1:
                 asked -= 1
                 if admission.has_room("cpu", 1, 1, 0):
-                    waiting.append((second, clock.now, admission.start("cpu", 1, 1)))
+                    waiting.append((second, clock.now, admission.start("cpu", 1, 1, 1)))
                 else:
                     refused[second] += 1
             if done >= 1 and waiting:
@@ -227,12 +239,12 @@ def test_one_huge_job_is_no_pressure(clock):
     admission = admission_of(clock, bound=10**6, max_wait_s=3.0, workers=4)
     for _ in range(2000):
         compute(admission, clock, 10, 0.01)
-    huge = admission.start("cpu", 14_000, 1)
+    huge = admission.start("cpu", 14_000, 1, 1)
     for _ in range(60):
         compute(admission, clock, 10, 0.1)
     admitted = 0
     while admission.has_room("cpu", 10, 1, 0) and admitted < 60:
-        admission.start("cpu", 10, 1)
+        admission.start("cpu", 10, 1, 1)
         admitted += 1
     admission.end(huge, computed=True)
     assert admitted == 60
