@@ -406,10 +406,10 @@ def test_closing_a_stream_cancels_the_call_and_frees_its_place():
 def test_a_crowded_service_refuses_before_it_reads():
     made = backend({"cpu": Handle(None)}, bound=10)
     made.refuse_if_crowded()
-    made.admission.start("cpu", 1, 1)
-    made.admission.start("cpu", 8, 1)
+    made.admission.start("cpu", 1, 1, 1)
+    made.admission.start("cpu", 8, 1, 1)
     made.refuse_if_crowded()
-    made.admission.start("cpu", 1, 1)
+    made.admission.start("cpu", 1, 1, 1)
     with pytest.raises(ServiceError) as caught:
         made.refuse_if_crowded()
     assert caught.value.code == "queue_full"
@@ -418,13 +418,13 @@ def test_a_crowded_service_refuses_before_it_reads():
 
 def test_a_huge_job_alone_does_not_make_a_service_crowded():
     made = backend({"cpu": Handle(None)}, bound=1000)
-    made.admission.start("cpu", 900, 1)
+    made.admission.start("cpu", 900, 1, 1)
     made.refuse_if_crowded()
 
 
 def test_a_large_job_is_refused_and_leaves_places_for_small_ones():
     made = backend({"cpu": Handle(None)}, bound=10)
-    made.admission.start("cpu", 4, 1)
+    made.admission.start("cpu", 4, 1, 1)
     with pytest.raises(ServiceError) as caught:
         ask(made, job=job_of(9))
     assert caught.value.code == "queue_full"
@@ -433,10 +433,10 @@ def test_a_large_job_is_refused_and_leaves_places_for_small_ones():
 
 def test_places_count_every_group_that_is_awake():
     made = backend({"gpu": Handle(None), "cpu": Handle(None)}, bound=10)
-    made.admission.start("gpu", 10, 1)
+    made.admission.start("gpu", 10, 1, 1)
     assert made.places().count == 11
     for _ in range(10):
-        made.admission.start("cpu", 1, 1)
+        made.admission.start("cpu", 1, 1, 1)
     assert made.places().count == 11
     assert made.places().retry_after_s >= 1
 
