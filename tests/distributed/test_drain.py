@@ -13,7 +13,7 @@ import httpx
 import pytest
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
-from benchmarks.service import Service, shipped_config
+from benchmarks.service import ROOT, Service, bundled_config, shipped_config
 
 BARS = 40
 """Of 0.05 s each: 2 s of computing."""
@@ -155,13 +155,35 @@ def test_a_code_update_starts_the_new_replica_first_where_there_is_room(share):
         assert fewest["kronos_cpu"] == (1 if share < 0.5 else 0)
 
 
+@pytest.mark.slow
+def test_a_code_update_that_cannot_start_leaves_the_old_replica_serving(tmp_path):
+    (tmp_path / "torch.py").write_text("raise RuntimeError('a broken build')")
+    with Service(bundled_config(1)) as service:
+        before = running_replicas(service)
+        broken = copy.deepcopy(service.config)
+        paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+        broken["applications"][0]["runtime_env"] = {"env_vars": {"PYTHONPATH": paths}}
+        service.redeploy(broken)
+        statuses, end = set(), time.monotonic() + 90
+        while details(service)["status"] != "DEPLOY_FAILED":
+            assert time.monotonic() < end
+            answer = httpx.post(f"{service.url}/v1/forecast", json={**body(1), "samples": 1}, timeout=60)
+            statuses.add(answer.status_code)
+            time.sleep(0.2)
+        assert statuses == {200}
+        assert running_replicas(service)["kronos_cpu"] == before["kronos_cpu"]
+
+
+def details(service):
+    """What Ray says of the application."""
+    return ServeSubmissionClient(service.dashboard()).get_serve_details()["applications"]["kronos"]
+
+
 def running_replicas(service):
     """Deployment → the ids of its replicas that run, as Ray says."""
-    details = ServeSubmissionClient(service.dashboard()).get_serve_details()
-    deployments = details["applications"]["kronos"]["deployments"]
     return {
         name: {replica["replica_id"] for replica in one["replicas"] if replica["state"] == "RUNNING"}
-        for name, one in deployments.items()
+        for name, one in details(service)["deployments"].items()
     }
 
 
