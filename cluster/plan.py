@@ -55,14 +55,10 @@ class PlannedGroup:
 
 @dataclass(frozen=True)
 class Plan:
-    """The groups in the order of preference, and what is likely to go wrong, for the log and /v1/info.
-
-    spare_cpus: what is free now and also when every group has its most replicas; 0 where that is not known.
-    """
+    """The groups in the order of preference, and what is likely to go wrong, for the log and /v1/info."""
 
     groups: tuple[PlannedGroup, ...]
     warnings: tuple[str, ...] = ()
-    spare_cpus: float = 0.0
 
     def group(self, name: str) -> PlannedGroup | None:
         return next((group for group in self.groups if group.name == name), None)
@@ -85,14 +81,13 @@ def plan_groups(
     cpu: GroupRequest,
     gpu_mode: GpuMode = "auto",
     reserved_cpus: float = 0.0,
-    free_cpus: float = 0.0,
 ) -> Plan:
     """Decides which groups exist. The CPU group always does: it answers where the GPU group does not.
 
     resources: Ray's totals, such as {"CPU": 8.0, "GPU": 2.0}; None if the cluster could not be asked.
     gpu_mode: "auto" has as many GPU replicas as the cluster's GPUs hold, up to gpu.scale, at every moment; "fixed" asks
         Ray for them whatever the cluster has; "off" never.
-    reserved_cpus: what the ingress takes. free_cpus: what nothing in the cluster takes now.
+    reserved_cpus: what the ingress takes, for the warning about too few CPUs.
     Raises ValueError for gpu.num_gpus ≤ 0 with a mode that would use it.
     """
     groups: list[PlannedGroup] = []
@@ -102,19 +97,17 @@ def plan_groups(
         groups.append(PlannedGroup("gpu", gpu.num_cpus, gpu.num_gpus, gpu.scale, follows_gpus=gpu_mode == "auto"))
     groups.append(PlannedGroup("cpu", cpu.num_cpus, 0.0, cpu.scale))
 
-    at_start = at_most = reserved_cpus
+    needed = reserved_cpus
     for group in groups:
-        fit = slots if group.follows_gpus else group.scale.maximum
-        at_start += group.num_cpus * min(group.scale.minimum, fit)
-        at_most += group.num_cpus * min(group.scale.maximum, fit)
-    total = (resources or {}).get("CPU", 0.0)
+        at_start = min(group.scale.minimum, slots) if group.follows_gpus else group.scale.minimum
+        needed += group.num_cpus * at_start
     warnings = []
-    if resources is not None and at_start > total:
+    if resources is not None and needed > (total := resources.get("CPU", 0.0)):
         warnings.append(
-            f"the groups ask for {at_start:g} CPUs and the cluster has {total:g}: replicas that do not fit wait; "
+            f"the groups ask for {needed:g} CPUs and the cluster has {total:g}: replicas that do not fit wait; "
             "lower num_cpus or replicas"
         )
-    return Plan(tuple(groups), tuple(warnings), max(0.0, min(free_cpus, total - at_most)))
+    return Plan(tuple(groups), tuple(warnings))
 
 
 def why_no_gpu(resources: Mapping[str, float] | None, num_gpus: float) -> str:
@@ -140,10 +133,3 @@ def probe_resources() -> dict[str, float] | None:
         logger.warning("Ray is not initialised here: the cluster's GPUs are unknown")
         return None
     return {name: float(amount) for name, amount in ray.cluster_resources().items()}
-
-
-def probe_free_cpus() -> float:
-    """CPUs that nothing takes now; 0 if no Ray is running in this process."""
-    import ray
-
-    return float(ray.available_resources().get("CPU", 0.0)) if ray.is_initialized() else 0.0

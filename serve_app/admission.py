@@ -42,7 +42,10 @@ class Booking:
 
 class _Busy:
     """For how long a group has been busy, in seconds; those in which only some of its replicas can have had a job
-    count for as much less. Otherwise a few requests at a time would make the group look as slow as one replica."""
+    count for as much less. Otherwise a few requests at a time would make the group look as slow as one replica.
+
+    Replicas are taken to have processors of their own: those that share them look faster, until there is much to do.
+    """
 
     def __init__(self, now: float) -> None:
         self._seconds, self._since, self._share = 0.0, now, 0.0

@@ -17,7 +17,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.context import _get_global_client  # no public way to the address; serve.status() does not hold it
 from ray.serve.handle import DeploymentHandle
 
-from cluster.plan import GroupRequest, Plan, PlannedGroup, Scale, plan_groups, probe_free_cpus, probe_resources
+from cluster.plan import GroupRequest, Plan, PlannedGroup, Scale, plan_groups, probe_resources
 from serve_app.admission import Admission
 from serve_app.cluster_watch import ClusterWatch
 from serve_app.config import AppConfig, AuthConfig, GroupConfig
@@ -34,6 +34,7 @@ from serve_app.metrics import Metrics
 from serve_app.proxy import CALLBACK, CALLBACK_VARIABLE
 from serve_app.routing import RayBackend
 from serve_app.status import public_settings
+from serve_app.updates import Before, probe_before
 
 MAX_ONGOING = 1000
 """Requests that Ray lets into a replica: our own queue decides what waits and what is refused."""
@@ -170,7 +171,7 @@ def build_app(args: AppConfig) -> serve.Application:
     config = LiveConfig(args, os.environ).current
     _require_safe_address(config.auth)
     config.auth.key_ring()
-    return assemble(args, os.environ, probe_resources(), free_cpus=probe_free_cpus())
+    return assemble(args, os.environ, probe_resources(), before=probe_before())
 
 
 class UnsafeAddressError(ValueError):
@@ -194,20 +195,13 @@ def assemble(
     environ: Mapping[str, str],
     resources: Mapping[str, float] | None,
     make_factory: MakeFactory = EngineFactory,
-    free_cpus: float = 0.0,
+    before: Before = Before(),  # noqa: B008 - frozen
 ) -> serve.Application:
     """build_app with what it reads from outside, and what computes, as arguments."""
     live = LiveConfig(args, environ)
     config = live.current
-    plan = make_plan(config, resources, free_cpus)
-    # In an update the new replica starts first, so that no request waits for it; only where there is room, which Ray
-    # would wait for.
-    ingress_first = plan.spare_cpus >= config.ingress.num_cpus
-    cpu_first = plan.spare_cpus >= config.ingress.num_cpus + config.groups.cpu.num_cpus
-    groups = {
-        group.name: _group(group, live, make_factory, new_first=cpu_first and group.name == "cpu")
-        for group in plan.groups
-    }
+    plan = make_plan(config, resources)
+    groups = {group.name: _group(group, live, make_factory, before) for group in plan.groups}
     ingress = serve.deployment(
         name="ingress",
         num_replicas=config.ingress.replicas,
@@ -215,14 +209,14 @@ def assemble(
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         # One that a code update replaces finishes what it answers; jobs of replicas that are replaced it sends again.
         graceful_shutdown_timeout_s=config.limits.request_timeout_s,
-        max_surge_percent=_surge(config.ingress.replicas) if ingress_first else 0,
+        max_surge_percent=before.surge_percent("ingress", config.ingress.replicas, config.ingress.num_cpus),
         user_config={},
         ray_actor_options={"num_cpus": config.ingress.num_cpus},
     )(Ingress)
     return ingress.bind(groups, plan, live)
 
 
-def make_plan(config: AppConfig, resources: Mapping[str, float] | None, free_cpus: float = 0.0) -> Plan:
+def make_plan(config: AppConfig, resources: Mapping[str, float] | None) -> Plan:
     """Which groups exist, for this configuration on a cluster with these resources."""
     gpu, cpu = config.groups.gpu, config.groups.cpu
     # No model may use a GPU: then none is asked for, and nothing is missed.
@@ -233,7 +227,6 @@ def make_plan(config: AppConfig, resources: Mapping[str, float] | None, free_cpu
         cpu=GroupRequest(cpu.num_cpus, 0.0, _scale(cpu)),
         gpu_mode="off" if cpu_only else gpu.mode,
         reserved_cpus=config.ingress.num_cpus * config.ingress.replicas,
-        free_cpus=free_cpus,
     )
 
 
@@ -243,12 +236,14 @@ def _scale(group: GroupConfig) -> Scale:
     return Scale(group.replicas or 1, group.replicas or 1)
 
 
-def _surge(replicas: int) -> int:
-    """As Ray wants it, in percent: one replica more than so many, or than fewer."""
-    return max(1, 100 // replicas)
-
-
-def _group(group: PlannedGroup, live: LiveConfig, make_factory: MakeFactory, *, new_first: bool) -> serve.Application:
+def _group(group: PlannedGroup, live: LiveConfig, make_factory: MakeFactory, before: Before) -> serve.Application:
+    ingress = live.current.ingress
+    # A GPU is rarely left for one replica more, and how many there should be follows the cluster.
+    surge = 0
+    if not group.num_gpus:
+        starting = ingress.num_cpus * ingress.replicas
+        name = deployment_name(group.name)
+        surge = before.surge_percent(name, group.scale.maximum, group.num_cpus, reserved_cpus=starting)
     options: dict[str, Any] = {"num_cpus": group.num_cpus}
     if group.num_gpus:
         options["num_gpus"] = group.num_gpus
@@ -257,7 +252,7 @@ def _group(group: PlannedGroup, live: LiveConfig, make_factory: MakeFactory, *, 
         max_ongoing_requests=MAX_ONGOING,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_TIMEOUT_S,
-        max_surge_percent=_surge(group.scale.maximum) if new_first else 0,
+        max_surge_percent=surge,
         request_router_config=_LISTING,
         user_config={},
         ray_actor_options=options,

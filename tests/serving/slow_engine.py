@@ -93,7 +93,7 @@ class SlowFactory:
 
 def build_app(args: AppConfig) -> Any:
     """A whole application over the slow engine, for a configuration file's import_path."""
-    from cluster.plan import probe_free_cpus
     from serve_app.app import assemble
+    from serve_app.updates import probe_before
 
-    return assemble(args, {}, {"CPU": 8.0}, SlowFactory, probe_free_cpus())
+    return assemble(args, {}, {"CPU": 8.0}, SlowFactory, probe_before())

@@ -47,17 +47,6 @@ def test_too_few_cpus_is_a_warning():
     assert "3 CPUs" in plan({"CPU": 2, "GPU": 1}, cpu=cpu).warnings[0]
 
 
-def test_spare_is_what_is_free_now_and_with_every_group_at_its_most():
-    cpu = GroupRequest(1.0, scale=Scale(0, 3))
-    options = {"cpu": cpu, "reserved_cpus": 0.5}
-    assert plan({"CPU": 8}, free_cpus=8.0, **options).spare_cpus == 4.5
-    assert plan({"CPU": 8, "GPU": 1}, free_cpus=8.0, **options).spare_cpus == 3.5
-    # Half an hour into another configuration, or beside something else.
-    assert plan({"CPU": 8}, free_cpus=2.0, **options).spare_cpus == 2.0
-    assert plan({"CPU": 2}, free_cpus=2.0, **options).spare_cpus == 0.0
-    assert plan(None, **options).spare_cpus == 0.0
-
-
 @pytest.mark.parametrize(
     ("gpus", "each", "slots"),
     [(0, 1, 0), (1, 1, 1), (1, 0.5, 2), (2, 0.4, 4), (1, 0.1, 10), (1, 0.3, 3), (4, 2, 2), (3, 2, 1), (1, 2, 0)],
