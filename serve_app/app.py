@@ -10,11 +10,9 @@ import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-import ray
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import RequestRouterConfig
-from ray.serve.context import _get_global_client  # no public way to the address; serve.status() does not hold it
 from ray.serve.handle import DeploymentHandle
 
 from cluster.plan import GroupRequest, Plan, PlannedGroup, Scale, plan_groups, probe_resources
@@ -34,7 +32,7 @@ from serve_app.metrics import Metrics
 from serve_app.proxy import CALLBACK, CALLBACK_VARIABLE
 from serve_app.routing import RayBackend
 from serve_app.status import public_settings
-from serve_app.updates import Before, probe_before
+from serve_app.updates import Before, probe_before, serve_client
 
 MAX_ONGOING = 1000
 """Requests that Ray lets into a replica: our own queue decides what waits and what is refused."""
@@ -185,8 +183,7 @@ def _require_safe_address(auth: AuthConfig) -> None:
 
 def _bind_host() -> str | None:
     """The address that Serve's HTTP proxy listens on; None where there is none yet, or none at all."""
-    # Asking starts a cluster where there is none.
-    client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    client = serve_client()
     return client.http_config.host if client else None
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import ray
-from ray.serve.context import _get_global_client  # no public way to another application's deployments
+from ray.serve.context import _get_global_client  # serve.status() has neither options nor counts
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,18 @@ class Before:
         return max(1, 100 // replicas) if needed + reserved_cpus <= self.free_cpus else 0
 
 
+def serve_client() -> Any:
+    """Ray's own client of the Serve that runs on this process's cluster; None where none does."""
+    # Asking Serve starts a cluster where there is none.
+    return _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+
+
 def probe_before() -> Before:
     """Asks Ray; nothing runs, and nothing is free, where no Serve runs on this process's cluster.
 
     A name that several applications use says nothing: which of them is being updated is not known here.
     """
-    client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    client = serve_client()
     if client is None:
         return Before()
     # Not get_serve_details: while an application is being built, it has no deployments there.
