@@ -195,7 +195,8 @@ def _task(
     window: str,
     calibrate: CalibrationKey | None = None,
 ) -> Task:
-    series = Series(candles.astype(np.float32), clock_marks(times.local), clock_marks(future))
+    marks = clock_marks(np.concatenate([times.local, future]))
+    series = Series(candles.astype(np.float32), marks[: len(times)], marks[len(times) :])
     return Task(series, sampling, window, calibrate)
 
 

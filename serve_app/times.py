@@ -76,15 +76,15 @@ def parse_times(raw: Any) -> Times:
         moments = [datetime.fromisoformat(text) for text in raw]
     except (ValueError, TypeError):
         raise value_errors(_bad_texts(raw)) from None
-    if any(len(text) > MAX_LENGTH for text in raw):
+    if raw and max(map(len, raw)) > MAX_LENGTH:
         raise value_errors(_bad_texts(raw))
-    offsets = [moment.utcoffset() for moment in moments]
-    if len(set(offsets)) > 1:
-        raise _mixed_zones(next(i for i, offset in enumerate(offsets) if offset != offsets[0]))
+    offset = moments[0].utcoffset() if moments else None
+    if len({moment.utcoffset() for moment in moments}) > 1:
+        raise _mixed_zones(next(i for i, moment in enumerate(moments) if moment.utcoffset() != offset))
     local = _wall_clock(moments)
     if faults := _order_faults(local):
         raise value_errors(faults)
-    return Times(local, offsets[0] if offsets else None, tuple(raw))
+    return Times(local, offset, tuple(raw))
 
 
 def _wall_clock(moments: list[datetime]) -> np.ndarray:
@@ -146,6 +146,8 @@ def _readable(text: str) -> bool:
 
 
 def _order_faults(local: np.ndarray) -> list[FieldError]:
+    if (local[1:] > local[:-1]).all():
+        return []
     steps = np.diff(local).astype(np.int64)
     faults = []
     for row in (np.flatnonzero(steps <= 0)[: MAX_FIELD_ERRORS + 1] + 1).tolist():
