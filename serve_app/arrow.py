@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from model.types import COLUMNS
-from serve_app.answers import answer_head, repaired_values, series_facts
+from serve_app.answers import answer_head, quantile_tables, repaired_values, series_facts
 from serve_app.arrow_frames import check_frames, malformed
 from serve_app.bodies import parse_json
 from serve_app.config import Limits
@@ -260,7 +260,7 @@ def _batch(
 ) -> pa.RecordBatch:
     """values: [S, H, 6]."""
     samples, horizon, _ = values.shape
-    parts = [values.mean(axis=0)[None], np.quantile(values, levels, axis=0), *([values] if with_paths else [])]
+    parts = [values.mean(axis=0)[None], quantile_tables(values, levels), *([values] if with_paths else [])]
     counts = [len(part) for part in parts]
     rows = sum(counts) * horizon
     flat = np.concatenate(parts).reshape(rows, len(COLUMNS))

@@ -17,8 +17,9 @@ from tests.tiny_training import (
 
 STEPS = 20
 CASES = [(2, 3), pytest.param(2, None, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)]
-# Some gradients are 0 but for rounding (the keys' biases), and Adam makes whole steps of them: 1e-3 keeps these small.
-OPTIMISATION = {"learning_rate": 1e-3, "warmup_steps": 5}
+# Some gradients are 0 but for rounding (the keys' biases), and Adam makes whole steps of them: this keeps these small,
+# whatever the processor. At 1e-3 an Intel machine differed by 1.2e-4.
+OPTIMISATION = {"learning_rate": 5e-4, "warmup_steps": 5}
 
 
 @pytest.mark.verify("V3")
